@@ -1,0 +1,51 @@
+"""NVFP4 (4-bit) Mixture-of-Experts for PyTorch."""
+
+from nvfp4_ops.activation import Activation
+from nvfp4_ops.backend import backend_info
+from nvfp4_ops.calibration import calibrate
+from nvfp4_ops.checkpoint import CheckpointError
+from nvfp4_ops.moe import NVFP4MoE
+from nvfp4_ops.ops import (
+    dequantize_nvfp4,
+    global_scale,
+    grouped_scaled_mm,
+    quantize_nvfp4,
+    swizzle_sf,
+    unswizzle_sf,
+)
+from nvfp4_ops.routing import (
+    SigmoidRouter,
+    SoftmaxRouter,
+    combine,
+    permute,
+    router_logits,
+    sigmoid_top_k,
+    softmax_top_k,
+    sort_by_expert,
+)
+from nvfp4_ops.weight import NVFP4Weight, quantize_weight
+
+__all__ = [
+    "Activation",
+    "CheckpointError",
+    "NVFP4MoE",
+    "NVFP4Weight",
+    "SigmoidRouter",
+    "SoftmaxRouter",
+    "backend_info",
+    "calibrate",
+    "combine",
+    "dequantize_nvfp4",
+    "global_scale",
+    "grouped_scaled_mm",
+    "permute",
+    "quantize_nvfp4",
+    "quantize_weight",
+    "router_logits",
+    "sigmoid_top_k",
+    "softmax_top_k",
+    "sort_by_expert",
+    "swizzle_sf",
+    "unswizzle_sf",
+]
+__version__ = "0.1.0"

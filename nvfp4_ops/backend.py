@@ -1,0 +1,25 @@
+"""Which kernel serves which op on which device, and why: backend_info()."""
+
+from collections.abc import Sequence
+
+import torch
+
+from nvfp4_ops.registry import registered_ops
+
+REFERENCE = "PyTorch reference"
+
+
+def device_types() -> Sequence[str]:
+    """Device types this process could run on: the CPU, and CUDA where a GPU is visible."""
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def backend_info() -> dict[str, dict[str, str]]:
+    """Implementation of every op on every device type of this machine.
+
+    Returns:
+        {op name: {device type: implementation}}. "PyTorch reference" is correct everywhere and
+        meant for tests, tracing and debugging; on a GPU it multiplies every row with every
+        expert, so that nothing waits for the host.
+    """
+    return {name: dict.fromkeys(device_types(), REFERENCE) for name in registered_ops()}

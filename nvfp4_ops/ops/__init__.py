@@ -1,0 +1,15 @@
+"""The ops: one file each, with schema, check, fake kernel and kernels."""
+
+from nvfp4_ops.ops.dequantize import dequantize_nvfp4
+from nvfp4_ops.ops.grouped_mm import grouped_scaled_mm
+from nvfp4_ops.ops.quantize import global_scale, quantize_nvfp4
+from nvfp4_ops.ops.swizzle import swizzle_sf, unswizzle_sf
+
+__all__ = [
+    "dequantize_nvfp4",
+    "global_scale",
+    "grouped_scaled_mm",
+    "quantize_nvfp4",
+    "swizzle_sf",
+    "unswizzle_sf",
+]

@@ -1,0 +1,194 @@
+"""grouped_scaled_mm: ragged rows times the NVFP4 weight of their expert."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nvfp4_ops import format as nvfp4
+from nvfp4_ops import reference
+from nvfp4_ops.activation import Activation
+from nvfp4_ops.ops.quantize import FLOAT_DTYPES
+from nvfp4_ops.registry import (
+    check_dtype,
+    check_multiple,
+    check_offs,
+    check_rank,
+    check_same_device,
+    check_shape,
+    register,
+    shape_text,
+)
+
+
+class _Arguments(NamedTuple):
+    """The op's arguments, as the schema orders them."""
+
+    a: Tensor
+    b: Tensor
+    sf_a: Tensor | None
+    sf_b: Tensor
+    alpha: Tensor
+    offs: Tensor
+    row_scale: Tensor | None = None
+    bias: Tensor | None = None
+    activation: str = "none"
+    limit: float | None = None
+    out_dtype: torch.dtype = torch.bfloat16
+
+
+def _check_operands(
+    a: Tensor, b: Tensor, sf_a: Tensor | None, sf_b: Tensor, offs: Tensor
+) -> tuple[int, int]:
+    """Codes and block scales; returns E and N."""
+    check_rank("b", b, 3, "(E, N, K/2) codes")
+    check_dtype("b", b, torch.uint8)
+    num_experts, n, packed_k = b.shape
+    check_multiple("b", "K/2", packed_k, nvfp4.packed_size(nvfp4.BLOCK_SIZE))
+    k = packed_k * nvfp4.CODES_PER_BYTE
+    linear_b = (num_experts, n, nvfp4.num_blocks(k))
+    check_dtype("sf_b", sf_b, torch.float8_e4m3fn)
+    if sf_b.ndim == 4:
+        check_shape("sf_b", sf_b, nvfp4.swizzled_shape(linear_b), "the swizzled scales of b")
+    else:
+        check_shape("sf_b", sf_b, linear_b, "the linear scales (E, N, K/16)")
+    check_shape("offs", offs, (num_experts,), "the (E,) end row of each expert")
+    if sf_a is None:
+        check_dtype("a without sf_a", a, *FLOAT_DTYPES)
+        check_shape("a", a, (a.shape[0], k), "(R, K)")
+        return num_experts, n
+    check_dtype("a with sf_a", a, torch.uint8)
+    check_shape("a", a, (a.shape[0], packed_k), "(R, K/2) codes")
+    check_dtype("sf_a", sf_a, torch.float8_e4m3fn)
+    linear_a = (a.shape[0], nvfp4.num_blocks(k))
+    if sf_a.ndim != (4 if sf_b.ndim == 4 else 2):
+        wanted = "swizzled (rank 4)" if sf_b.ndim == 4 else "linear (R, K/16)"
+        raise ValueError(
+            f"sf_a: must be {wanted} because sf_b is, got {shape_text(sf_a)}; swizzle_sf and "
+            "unswizzle_sf convert"
+        )
+    if sf_a.ndim == 4:
+        swizzled = nvfp4.swizzled_shape(linear_a, num_experts)
+        check_shape("sf_a", sf_a, swizzled, "the scales of a, swizzled with offs")
+    else:
+        check_shape("sf_a", sf_a, linear_a, "the linear scales (R, K/16)")
+    return num_experts, n
+
+
+def _check(arguments: _Arguments, act: Activation) -> None:
+    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype = arguments
+    check_rank("a", a, 2, "(R, K) or (R, K/2) codes")
+    num_experts, n = _check_operands(a, b, sf_a, sf_b, offs)
+    check_offs(offs, a.shape[0])
+    check_dtype("alpha", alpha, torch.float32)
+    if alpha.ndim == 2:
+        check_shape("alpha", alpha, (num_experts, 2), "(E,) or (E, 2)")
+        check_multiple("b", "N, two column segments,", n, 2)
+    else:
+        check_shape("alpha", alpha, (num_experts,), "(E,) or (E, 2)")
+    if act.gated:
+        check_multiple("b", "N, gate and up rows,", n, 2)
+    if row_scale is not None:
+        check_dtype("row_scale", row_scale, torch.float32)
+        shape = (a.shape[0], 1)[: max(row_scale.ndim, 1)]
+        check_shape("row_scale", row_scale, shape, "(R,) or (R, 1)")
+    if bias is not None:
+        check_dtype("bias", bias, *FLOAT_DTYPES)
+        check_shape("bias", bias, (num_experts, n), "(E, N)")
+    if out_dtype not in FLOAT_DTYPES:
+        raise TypeError(f"out_dtype: must be bfloat16, float16 or float32, got {out_dtype}")
+    for name, value in arguments._asdict().items():
+        if isinstance(value, Tensor):
+            check_same_device(name, value, a.device)
+
+
+def _shape(a: Tensor, b: Tensor, act: Activation) -> tuple[int, int]:
+    n = b.shape[1]
+    return (a.shape[0], n // 2 if act.gated else n)
+
+
+def _fake(*args: Any) -> Tensor:
+    arguments = _Arguments(*args)
+    act = Activation(arguments.activation, arguments.limit)
+    _check(arguments, act)
+    shape = _shape(arguments.a, arguments.b, act)
+    return arguments.a.new_empty(shape, dtype=arguments.out_dtype)
+
+
+def _kernel(*args: Any) -> Tensor:
+    arguments = _Arguments(*args)
+    act = Activation(arguments.activation, arguments.limit)
+    _check(arguments, act)
+    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype = arguments
+    return reference.grouped_scaled_mm(
+        a,
+        b,
+        sf_a,
+        sf_b,
+        alpha,
+        offs,
+        row_scale=row_scale,
+        bias=bias,
+        activation=act,
+        out_dtype=out_dtype,
+    )
+
+
+_op = register(
+    "grouped_scaled_mm(Tensor a, Tensor b, Tensor? sf_a, Tensor sf_b, Tensor alpha, Tensor offs,"
+    ' Tensor? row_scale=None, Tensor? bias=None, str activation="none", float? limit=None,'
+    " ScalarType out_dtype=bfloat16) -> Tensor",
+    fake=_fake,
+    kernel=_kernel,
+)
+
+
+def grouped_scaled_mm(  # noqa: PLR0913 - the equation has this many terms
+    a: Tensor,
+    b: Tensor,
+    sf_a: Tensor | None,
+    sf_b: Tensor,
+    alpha: Tensor,
+    offs: Tensor,
+    *,
+    row_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: Activation | str = "none",
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """Multiply ragged rows with the NVFP4 weight of their expert (2D x 3D).
+
+    For row r of expert e and column n, in at least fp32 up to the final cast:
+
+        out[r, n] = act(alpha[e, n // (N/2)] * row_scale[r]
+                        * sum_k e2m1(a[r, k]) sf_a[r, k // 16] e2m1(b[e, n, k]) sf_b[e, n, k // 16]
+                        + bias[e, n])
+
+    with alpha = global_scale_a * global_scale_b; without ``sf_a`` (weight-only) ``a`` is used as
+    it is. Rows per expert [2, 0, 3] are offs [2, 2, 5]; the rows from ``offs[-1]`` on belong to no
+    expert and are written as zero, whatever they hold. The CPU computes in float64 and rounds
+    once to fp32, then to ``out_dtype``.
+
+    Args:
+        a: (R, K / 2) uint8 codes, or (R, K) bf16, fp16 or fp32 with ``sf_a`` None.
+        b: (E, N, K / 2) uint8 codes; K a multiple of 16. For a gated activation the gate's N/2
+            rows come first, then the up projection's.
+        sf_a: float8_e4m3fn (R, K / 16), or swizzled with ``offs`` where ``sf_b`` is swizzled.
+        sf_b: float8_e4m3fn (E, N, K / 16), or swizzled (rank 4).
+        alpha: fp32 (E,), or (E, 2): one for the first N/2 columns, one for the rest.
+        offs: (E,) int32 end row of each expert, non-decreasing, at most R.
+        row_scale: fp32 (R,) or (R, 1): per-token global scale of ``a``.
+        bias: (E, N) bf16, fp16 or fp32.
+        activation: a fused activation or its name (see ``nvfp4_ops.Activation``).
+        out_dtype: bf16, fp16 or fp32.
+
+    Returns:
+        (R, N), or (R, N / 2) with a gated activation, of ``out_dtype``.
+
+    Raises:
+        TypeError: a dtype is not one of the above.
+        ValueError: a shape is not one of the above, block scales are linear where they are due
+            swizzled or the other way round, or (on the CPU) offs is not non-decreasing.
+    """
+    act = Activation(activation) if isinstance(activation, str) else activation
+    return _op(a, b, sf_a, sf_b, alpha, offs, row_scale, bias, act.name, act.limit, out_dtype)

@@ -1,0 +1,97 @@
+"""How an op is registered: schema, fake kernel and one implementation per device type.
+
+``torch.library.Library`` is used directly rather than ``custom_op``, whose wrapper costs tens of
+microseconds a call. A kernel and the fake kernel of an op call the same check and the same shape
+function, so a traced graph and a run can not disagree.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "nvfp4_ops"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+DEVICE_TYPES = ("CPU", "CUDA")
+_OPS: list[str] = []
+
+
+def register(
+    schema: str, *, fake: Callable[..., Any], kernel: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Define the op of ``schema`` and return its callable overload.
+
+    schema: ``name(args) -> returns`` in PyTorch's schema language, functional.
+    fake: checks its arguments and returns empty outputs.
+    kernel: checks its arguments and computes; serves every device type.
+    """
+    name = schema[: schema.index("(")]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for device_type in DEVICE_TYPES:
+        _LIBRARY.impl(name, kernel, device_type)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    _OPS.append(name)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def registered_ops() -> Sequence[str]:
+    """Names of the ops, in the order of their registration."""
+    return tuple(_OPS)
+
+
+# Argument checks shared by the ops. Each names argument, rule and value. Sizes can be symbolic:
+# torch._check_value then records the rule as a guard.
+
+
+def check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
+    if tensor.dtype not in allowed:
+        wanted = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        got = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: must be {wanted}, got {got}")
+
+
+def check_rank(name: str, tensor: Tensor, rank: int, layout: str) -> None:
+    if tensor.ndim != rank:
+        raise ValueError(f"{name}: must be {layout} (rank {rank}), got {shape_text(tensor)}")
+
+
+def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], layout: str) -> None:
+    check_rank(name, tensor, len(shape), layout)
+    for got, want in zip(tensor.shape, shape, strict=True):
+        torch._check_value(
+            got == want,
+            lambda: f"{name}: must be {layout} = {tuple(shape)}, got {shape_text(tensor)}",
+        )
+
+
+def check_multiple(name: str, dim: str, size: int, divisor: int) -> None:
+    torch._check_value(
+        size % divisor == 0, lambda: f"{name}: {dim} must be a multiple of {divisor}, got {size}"
+    )
+
+
+def check_offs(offs: Tensor, num_rows: int) -> None:
+    """offs (E,) int32, E >= 1. On the CPU, where reading costs nothing, the values too."""
+    check_rank("offs", offs, 1, "the (E,) end row of each expert")
+    check_dtype("offs", offs, torch.int32)
+    torch._check_value(offs.shape[0] >= 1, lambda: "offs: must have at least one expert, got (0,)")
+    if offs.device.type != "cpu" or isinstance(offs, torch._subclasses.FakeTensor):
+        return
+    ends = offs.tolist()
+    for before, after in zip([0, *ends], [*ends, num_rows], strict=True):
+        if before > after:
+            raise ValueError(
+                "offs: must be the non-decreasing end rows of the experts, at most the number of "
+                f"rows ({num_rows}), got {ends[:8]}{'...' if len(ends) > 8 else ''}"
+            )
+
+
+def check_same_device(name: str, tensor: Tensor | None, device: torch.device) -> None:
+    if tensor is not None and tensor.device != device:
+        raise ValueError(f"{name}: must be on {device} like the first argument, on {tensor.device}")
+
+
+def shape_text(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}"
