@@ -64,7 +64,7 @@ def calibrate(model: nn.Module) -> Iterator[None]:
     modes = {name: layer.activation_scale for name, layer in layers.items()}
     for layer in layers.values():
         layer._activation_scale = None
-        layer._observer = AmaxObserver(layer.num_experts, layer.down_proj.device)
+        layer._observer = AmaxObserver(layer.num_experts, layer.down_proj.weight.device)
     try:
         yield
         for name, layer in layers.items():
@@ -80,5 +80,5 @@ def _set_input_scales(name: str, layer: "NVFP4MoE") -> None:
     tokens, rows = layer._observer.input_scales()
     if not bool(((tokens > 0) & tokens.isfinite() & (rows > 0) & rows.isfinite()).all()):
         raise ValueError(f"{name or 'model'}: calibration saw no rows, only zeros, Inf or NaN")
-    first_shape = layer._global_scale_shape(layer.first_proj)
-    layer.set_input_scales(tokens.expand(first_shape), rows)
+    layer.first_proj.set_input_scale(tokens.expand_as(layer.first_proj.weight_scale_2))
+    layer.down_proj.set_input_scale(rows)

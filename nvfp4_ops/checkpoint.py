@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
 from nvfp4_ops.moe import ActivationScale, NVFP4MoE
+from nvfp4_ops.weight import NVFP4Weight
 
 SAFETENSORS_FILE = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -190,41 +191,41 @@ def load_experts(
     num_experts, names, (intermediate, hidden) = _expert_layout(checkpoint, prefix)
     moe = NVFP4MoE(hidden, intermediate, num_experts, device=device, **options)
     has_input_scale = f"{prefix}.0.{names[0]}.input_scale" in checkpoint
-    first_scale = torch.empty(num_experts, 2)
-    down_scale = torch.empty(num_experts)
-    # Destination of each projection: its buffer, first row, N and K, global and input scale.
-    for expert in range(num_experts):
-        parts = (
-            (names[0], "gate_up_proj", 0, (intermediate, hidden), first_scale[expert, :1]),
-            (names[1], "gate_up_proj", 1, (intermediate, hidden), first_scale[expert, 1:]),
-            (names[2], "down_proj", 0, (hidden, intermediate), down_scale[expert : expert + 1]),
-        )
-        for name, buffer, half, (rows, columns), input_scale in parts:
-            key = f"{prefix}.{expert}.{name}"
-            span = slice(half * rows, (half + 1) * rows)
-            codes = checkpoint.checked(
-                f"{key}.weight", torch.uint8, (rows, nvfp4.packed_size(columns))
-            )
-            scales = checkpoint.checked(
-                f"{key}.weight_scale", torch.float8_e4m3fn, (rows, nvfp4.num_blocks(columns))
-            )
-            if bool(scales.float().isnan().any()):
-                raise CheckpointError(f"{checkpoint.directory}: {key}.weight_scale holds NaN")
-            getattr(moe, buffer)[expert, span] = codes.to(moe.down_proj.device)
-            getattr(moe, f"{buffer}_weight_scale")[expert, span] = scales.to(moe.down_proj.device)
-            global_scales = getattr(moe, f"{buffer}_weight_scale_2").view(num_experts, -1)
-            global_scales[expert, half] = checkpoint.global_scale(f"{key}.weight_scale_2")
-            if has_input_scale:
-                input_scale[0] = checkpoint.global_scale(f"{key}.input_scale")
-    if has_input_scale:
-        moe.set_input_scales(first_scale, down_scale)
-    elif activation_scale == "static":
+    if activation_scale == "static" and not has_input_scale:
         raise CheckpointError(
             f'{checkpoint.directory}: {prefix} has no input_scale, which "static" needs; use '
             '"per_token", or calibrate'
         )
+    shapes = (intermediate, hidden), (intermediate, hidden), (hidden, intermediate)
+    gate_up_input_scale, down_input_scale = torch.empty(num_experts, 2), torch.empty(num_experts, 1)
+    targets = (
+        (moe.first_proj, 0, gate_up_input_scale),
+        (moe.first_proj, 1, gate_up_input_scale),
+        (moe.down_proj, 0, down_input_scale),
+    )
+    for expert in range(num_experts):
+        for name, shape, target in zip(names, shapes, targets, strict=True):
+            projection, segment, input_scale = target
+            key = f"{prefix}.{expert}.{name}"
+            projection.copy_segment(expert, segment, _read_weight(checkpoint, key, *shape))
+            if has_input_scale:
+                input_scale[expert, segment] = checkpoint.global_scale(f"{key}.input_scale")
+    if has_input_scale:
+        moe.first_proj.set_input_scale(gate_up_input_scale)
+        moe.down_proj.set_input_scale(down_input_scale.squeeze(1))
     moe.activation_scale = activation_scale
     return moe
+
+
+def _read_weight(checkpoint: Checkpoint, key: str, rows: int, columns: int) -> NVFP4Weight:
+    """One expert's projection, checked."""
+    codes = checkpoint.checked(f"{key}.weight", torch.uint8, (rows, nvfp4.packed_size(columns)))
+    block_scale = checkpoint.checked(
+        f"{key}.weight_scale", torch.float8_e4m3fn, (rows, nvfp4.num_blocks(columns))
+    )
+    if bool(block_scale.float().isnan().any()):
+        raise CheckpointError(f"{checkpoint.directory}: {key}.weight_scale holds NaN")
+    return NVFP4Weight(codes, block_scale, checkpoint.global_scale(f"{key}.weight_scale_2"))
 
 
 def expert_tensors(moe: NVFP4MoE, prefix: str) -> dict[str, Tensor]:
@@ -237,27 +238,23 @@ def expert_tensors(moe: NVFP4MoE, prefix: str) -> dict[str, Tensor]:
     Returns:
         {tensor name: tensor on the CPU}, the projections named gate_proj, up_proj and down_proj.
     """
-    if not moe.gated or moe.gate_up_proj_bias is not None:
+    if not moe.gated or moe.down_proj.bias is not None:
         raise ValueError("moe: only gated experts without biases have this layout")
     tensors: dict[str, Tensor] = {}
-    rows = moe.intermediate_size
-    gate, up, down = PROJECTION_NAMES[0]
-    for expert in range(moe.num_experts):
-        for name, buffer, half in (
-            (gate, "gate_up_proj", 0),
-            (up, "gate_up_proj", 1),
-            (down, "down_proj", 0),
-        ):
-            span = slice(None) if name == down else slice(half * rows, (half + 1) * rows)
-            key = f"{prefix}.{expert}.{name}"
+    targets = ((moe.first_proj, 0), (moe.first_proj, 1), (moe.down_proj, 0))
+    for name, (projection, segment) in zip(PROJECTION_NAMES[0], targets, strict=True):
+        num_rows = projection.weight.shape[1] // projection.num_segments
+        rows = slice(segment * num_rows, (segment + 1) * num_rows)
+        for expert in range(moe.num_experts):
+            scale_2 = projection.segment(projection.weight_scale_2)
             parts = {
-                "weight": getattr(moe, buffer)[expert, span],
-                "weight_scale": getattr(moe, f"{buffer}_weight_scale")[expert, span],
+                "weight": projection.weight[expert, rows],
+                "weight_scale": projection.weight_scale[expert, rows],
+                "weight_scale_2": scale_2[expert, segment],
             }
-            for suffix in ("weight_scale_2", "input_scale"):
-                scales = getattr(moe, f"{buffer}_{suffix}")
-                if scales is not None:
-                    parts[suffix] = scales.view(moe.num_experts, -1)[expert, half]
+            if projection.input_scale is not None:
+                parts["input_scale"] = projection.segment(projection.input_scale)[expert, segment]
+            key = f"{prefix}.{expert}.{name}"
             # Clones: safetensors refuses tensors that share storage.
             tensors.update({f"{key}.{k}": v.detach().cpu().clone() for k, v in parts.items()})
     return tensors

@@ -26,10 +26,8 @@ CODES_PER_BYTE = 2
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of the codes 0..7; code 8 + i is the negative of code i."""
 
-E2M1_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-"""Rounding ties between neighbouring magnitudes; ties go to the even code."""
-
 E2M1_MAX = 6.0
+E2M1_MAX_CODE = 7
 E2M1_SIGN_BIT = 8
 E2M1_NAN_CODE = 7
 """e2m1 has no NaN: a NaN element is written as +6, as PTX ``cvt.satfinite`` does. Its block scale

@@ -6,8 +6,8 @@ activation -> (quantize) -> grouped mm down -> combine. Every step is one op, so
 graph computes the very bits of eager mode.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, Self, get_args
+from collections.abc import Callable
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from nvfp4_ops import format as nvfp4
 from nvfp4_ops.activation import Activation
 from nvfp4_ops.calibration import AmaxObserver
-from nvfp4_ops.ops import global_scale, grouped_scaled_mm, quantize_nvfp4
+from nvfp4_ops.ops import global_scale, quantize_nvfp4
+from nvfp4_ops.projection import ExpertProjection, QuantizedRows
 from nvfp4_ops.routing import combine, permute, sort_by_expert
-from nvfp4_ops.weight import NVFP4Weight, quantize_weight
+from nvfp4_ops.weight import quantize_weight
 
 ActivationScale = Literal["static", "per_token", "per_tensor"]
 ACTIVATION_SCALES: tuple[str, ...] = get_args(ActivationScale)
@@ -31,17 +32,6 @@ _FUSED = {
     ("relu2", False): "relu2",
     ("swiglu_oai", True): "swiglu_oai",
 }
-
-
-class _QuantizedRows(NamedTuple):
-    """Operand A of a grouped mm: with sf None the float rows themselves."""
-
-    a: Tensor
-    sf: Tensor | None
-    scale: Tensor | None
-    """Global scale that goes into alpha: () or (E,)."""
-    row_scale: Tensor | None
-    """Global scale of each row, (R, 1)."""
 
 
 class NVFP4MoE(nn.Module):
@@ -59,27 +49,23 @@ class NVFP4MoE(nn.Module):
             "per_token": global scale from each row's amax. "per_tensor": from the batch's amax.
             "static": the checkpoint's input scales, the largest of all experts for gate_up, each
             expert's own for down. Can be assigned later.
-        gated: gate_up has 2F rows, gate first; False: F rows (Nemotron-H).
+        gated: the first projection has 2F rows, gate first; False: F rows (Nemotron-H).
         bias: each projection adds a bias.
         router: module (T, D) -> (top_k_index, top_k_weights); then forward takes hidden states
             alone. ``nvfp4_ops.SoftmaxRouter`` and ``SigmoidRouter`` fit.
         device, dtype: of the new buffers; dtype is that of the biases only.
 
-    State (canonical ModelOpt layout, here for a gated module; ``up_proj`` (E, F, ...) otherwise):
-        gate_up_proj (E, 2F, D/2) uint8; gate_up_proj_weight_scale (E, 2F, D/16) e4m3;
-        gate_up_proj_weight_scale_2 (E, 2) fp32, gate's and up's global scales, both kept exact;
-        gate_up_proj_input_scale (E, 2) fp32, where there are input scales;
-        gate_up_proj_bias (E, 2F), with ``bias``; down_proj... (E, D, F/2), (E, D, F/16), (E,),
-        (E,), (E, D) likewise. ``.to(dtype)`` leaves codes and scales as they are.
+    Submodules: ``gate_up_proj`` (N = 2F, K = D; global scales (E, 2), the gate's and the up
+    projection's own) or, without a gate, ``up_proj`` (N = F); ``down_proj`` (N = D, K = F). See
+    ExpertProjection for the tensors they keep: the state dict is in canonical (ModelOpt) layout.
 
-    Without weights loaded the module multiplies by zero. Not differentiable.
+    Without weights loaded the module multiplies by zero. For inference: backward raises.
 
     Raises:
-        ValueError: an argument is out of range, or static is asked for without input scales.
+        ValueError: an argument is out of range.
     """
 
-    down_proj: Tensor
-    down_proj_input_scale: Tensor | None
+    down_proj: ExpertProjection
 
     def __init__(  # noqa: PLR0913 - an expert layer has this many properties
         self,
@@ -116,54 +102,35 @@ class NVFP4MoE(nn.Module):
         self._fused = _fused_activation(activation, gated, activation_limit)
         self.router = router
         self._observer: AmaxObserver | None = None
-        for name, rows, columns in self._projection_shapes():
-            self._register(name, rows, columns, bias, device, dtype)
+        segments = 2 if gated else 1
+        first = ExpertProjection(
+            num_experts,
+            intermediate_size * segments,
+            hidden_size,
+            num_segments=segments,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.add_module("gate_up_proj" if gated else "up_proj", first)
+        self.down_proj = ExpertProjection(
+            num_experts, hidden_size, intermediate_size, bias=bias, device=device, dtype=dtype
+        )
         self._activation_scale = _check_activation_scale(activation_scale)
         if activation_scale == "static":
-            for name, _, _ in self._projection_shapes():
-                self._register_input_scale(name, device)
+            for projection in self.projections().values():
+                projection.reserve_input_scale()
 
     @property
-    def first_proj(self) -> str:
-        """Name of the first projection: gate_up_proj, or up_proj without a gate."""
-        return "gate_up_proj" if self.gated else "up_proj"
+    def first_proj(self) -> ExpertProjection:
+        """gate_up_proj, or up_proj without a gate."""
+        first: ExpertProjection = getattr(self, "gate_up_proj" if self.gated else "up_proj")
+        return first
 
-    def _projection_shapes(self) -> Iterator[tuple[str, int, int]]:
-        """Name, N and K of both projections."""
-        rows = self.intermediate_size * (2 if self.gated else 1)
-        yield self.first_proj, rows, self.hidden_size
-        yield "down_proj", self.hidden_size, self.intermediate_size
-
-    def _register(
-        self,
-        name: str,
-        rows: int,
-        columns: int,
-        bias: bool,
-        device: torch.device | str | None,
-        dtype: torch.dtype,
-    ) -> None:
-        lead = (self.num_experts, rows)
-        codes = torch.zeros(*lead, nvfp4.packed_size(columns), dtype=torch.uint8, device=device)
-        scale_bytes = torch.zeros(
-            *lead, nvfp4.num_blocks(columns), dtype=torch.uint8, device=device
-        )
-        self.register_buffer(name, codes)
-        self.register_buffer(f"{name}_weight_scale", scale_bytes.view(torch.float8_e4m3fn))
-        scale_2 = torch.ones(self._global_scale_shape(name), device=device, dtype=torch.float32)
-        self.register_buffer(f"{name}_weight_scale_2", scale_2)
-        self.register_buffer(f"{name}_input_scale", None)
-        biases = torch.zeros(lead, dtype=dtype, device=device) if bias else None
-        self.register_buffer(f"{name}_bias", biases)
-
-    def _register_input_scale(self, name: str, device: torch.device | str | None) -> None:
-        # NaN until loaded: a forgotten input scale must not look like a result.
-        scale = torch.full(self._global_scale_shape(name), torch.nan, device=device)
-        self.register_buffer(f"{name}_input_scale", scale.float())
-
-    def _global_scale_shape(self, name: str) -> tuple[int, ...]:
-        two = name == "gate_up_proj"
-        return (self.num_experts, 2) if two else (self.num_experts,)
+    def projections(self) -> dict[str, ExpertProjection]:
+        """Both projections by name, in the order of the flow."""
+        name = "gate_up_proj" if self.gated else "up_proj"
+        return {name: self.first_proj, "down_proj": self.down_proj}
 
     @classmethod
     def from_float(
@@ -189,7 +156,13 @@ class NVFP4MoE(nn.Module):
         Raises:
             TypeError, ValueError: shapes or dtypes do not fit, or weights are not finite.
         """
+        if gate_up_proj.ndim != 3:
+            raise ValueError(
+                f"gate_up_proj: must be (E, 2F, D) or (E, F, D), got {tuple(gate_up_proj.shape)}"
+            )
         num_experts, first_rows, hidden = gate_up_proj.shape
+        if gated and first_rows % 2:
+            raise ValueError(f"gate_up_proj: must have 2F rows, got {first_rows}")
         intermediate = first_rows // 2 if gated else first_rows
         if tuple(down_proj.shape) != (num_experts, hidden, intermediate):
             raise ValueError(
@@ -198,37 +171,25 @@ class NVFP4MoE(nn.Module):
             )
         if (gate_up_bias is None) != (down_bias is None):
             raise ValueError("gate_up_bias and down_bias: give both or none")
-        has_bias = gate_up_bias is not None
         moe = cls(
             hidden,
             intermediate,
             num_experts,
             gated=gated,
-            bias=has_bias,
+            bias=gate_up_bias is not None,
             device=gate_up_proj.device,
-            dtype=gate_up_bias.dtype if gate_up_bias is not None else torch.bfloat16,
+            dtype=torch.bfloat16 if gate_up_bias is None else gate_up_bias.dtype,
             **options,
         )
+        every_expert = slice(None)
         halves = gate_up_proj.chunk(2, dim=1) if gated else (gate_up_proj,)
-        quantized = [quantize_weight(half) for half in halves]
-        first = NVFP4Weight(
-            torch.cat([half.codes for half in quantized], dim=1),
-            torch.cat([half.block_scale.view(torch.uint8) for half in quantized], dim=1).view(
-                torch.float8_e4m3fn
-            ),
-            torch.stack([half.global_scale for half in quantized], dim=1).view(
-                moe._global_scale_shape(moe.first_proj)
-            ),
-        )
-        for name, weight, bias in (
-            (moe.first_proj, first, gate_up_bias),
-            ("down_proj", quantize_weight(down_proj), down_bias),
-        ):
-            getattr(moe, name).copy_(weight.codes)
-            getattr(moe, f"{name}_weight_scale").copy_(weight.block_scale)
-            getattr(moe, f"{name}_weight_scale_2").copy_(weight.global_scale)
+        for segment, half in enumerate(halves):
+            moe.first_proj.copy_segment(every_expert, segment, quantize_weight(half))
+        moe.down_proj.copy_segment(every_expert, 0, quantize_weight(down_proj))
+        for projection, bias in ((moe.first_proj, gate_up_bias), (moe.down_proj, down_bias)):
             if bias is not None:
-                getattr(moe, f"{name}_bias").copy_(bias)
+                assert projection.bias is not None
+                projection.bias.copy_(bias)
         return moe
 
     @classmethod
@@ -245,31 +206,9 @@ class NVFP4MoE(nn.Module):
     @activation_scale.setter
     def activation_scale(self, mode: ActivationScale | None) -> None:
         if _check_activation_scale(mode) == "static":
-            for name, _, _ in self._projection_shapes():
-                scale = getattr(self, f"{name}_input_scale")
-                if scale is None:
-                    raise ValueError(
-                        f'activation_scale: "static" needs {name}_input_scale, which this module '
-                        "does not have; load a checkpoint with input scales, or calibrate"
-                    )
-                _check_input_scale(f"{name}_input_scale", scale)
+            for name, projection in self.projections().items():
+                projection.check_input_scale(name)
         self._activation_scale = mode
-
-    def set_input_scales(self, first: Tensor, down: Tensor) -> None:
-        """Set the static input scales: first (E, 2), or (E,) without a gate; down (E,); fp32.
-
-        Raises:
-            ValueError: a shape does not fit, or a scale is not positive and finite.
-        """
-        for name, scale in ((self.first_proj, first), ("down_proj", down)):
-            if tuple(scale.shape) != self._global_scale_shape(name):
-                raise ValueError(
-                    f"{name}_input_scale: must be {self._global_scale_shape(name)}, "
-                    f"got {tuple(scale.shape)}"
-                )
-            _check_input_scale(f"{name}_input_scale", scale)
-            device = getattr(self, name).device
-            self.register_buffer(f"{name}_input_scale", scale.to(device, torch.float32).clone())
 
     def forward(
         self,
@@ -309,108 +248,45 @@ class NVFP4MoE(nn.Module):
             )
         offs_E, token_of_row_R, row_of_slot_TK = sort_by_expert(index_TK, self.num_experts)
         routed = self._quantize_tokens(x_TD, token_of_row_R)
-        hidden_RF = self._mm(self.first_proj, routed, offs_E, self._fused, x_TD.dtype)
+        hidden_RF = self.first_proj(routed, offs_E, self._fused, x_TD.dtype)
         if self._unfused is not None:
             hidden_RF = self._unfused(hidden_RF)
         if self._observer is not None:
             self._observer.observe(x_TD, hidden_RF, offs_E)
-        out_RD = self._mm(
-            "down_proj", self._quantize_rows(hidden_RF, offs_E), offs_E, Activation(), x_TD.dtype
-        )
+        down_rows = self._quantize_rows(hidden_RF, offs_E)
+        out_RD = self.down_proj(down_rows, offs_E, Activation(), x_TD.dtype)
         return combine(out_RD, row_of_slot_TK, weights_TK).reshape(hidden_states.shape)
 
-    def _quantize_tokens(self, x_TD: Tensor, token_of_row_R: Tensor) -> _QuantizedRows:
+    def _quantize_tokens(self, x_TD: Tensor, token_of_row_R: Tensor) -> QuantizedRows:
         """Each token is quantized once, then its bytes are copied to its rows."""
         mode = self._activation_scale
         if mode is None:
-            return _QuantizedRows(permute(x_TD, token_of_row_R), None, None, None)
+            return QuantizedRows(permute(x_TD, token_of_row_R))
         if mode == "static":
-            # A token is quantized once for all its experts: the largest scale clips none.
-            scale = getattr(self, f"{self.first_proj}_input_scale").amax()
+            assert self.first_proj.input_scale is not None
+            # One scale for all experts of a token: the largest clips none.
+            scale = self.first_proj.input_scale.amax()
         else:
             scale = global_scale(x_TD, per_token=mode == "per_token")
-        codes, sf = quantize_nvfp4(x_TD, scale)
-        per_row = permute(scale, token_of_row_R) if mode == "per_token" else None
-        return _QuantizedRows(
-            permute(codes, token_of_row_R),
-            permute(sf, token_of_row_R),
-            None if mode == "per_token" else scale,
-            per_row,
-        )
+        codes_TD, sf_TD = quantize_nvfp4(x_TD, scale)
+        codes_RD, sf_RD = permute(codes_TD, token_of_row_R), permute(sf_TD, token_of_row_R)
+        if mode == "per_token":
+            return QuantizedRows(codes_RD, sf_RD, row_scale=permute(scale, token_of_row_R))
+        return QuantizedRows(codes_RD, sf_RD, scale)
 
-    def _quantize_rows(self, hidden_RF: Tensor, offs_E: Tensor) -> _QuantizedRows:
+    def _quantize_rows(self, hidden_RF: Tensor, offs_E: Tensor) -> QuantizedRows:
         mode = self._activation_scale
         if mode is None:
-            return _QuantizedRows(hidden_RF, None, None, None)
+            return QuantizedRows(hidden_RF)
         if mode == "static":
-            scale = self.down_proj_input_scale
-            assert scale is not None
+            assert self.down_proj.input_scale is not None
+            scale = self.down_proj.input_scale
         else:
             scale = global_scale(hidden_RF, per_token=mode == "per_token")
         codes, sf = quantize_nvfp4(hidden_RF, scale, offs_E)
         if mode == "per_token":
-            return _QuantizedRows(codes, sf, None, scale)
-        return _QuantizedRows(codes, sf, scale, None)
-
-    def _mm(
-        self,
-        name: str,
-        rows: _QuantizedRows,
-        offs_E: Tensor,
-        activation: Activation,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        alpha = getattr(self, f"{name}_weight_scale_2")
-        if rows.scale is not None:
-            alpha = alpha * rows.scale
-        return grouped_scaled_mm(
-            rows.a,
-            getattr(self, name),
-            rows.sf,
-            getattr(self, f"{name}_weight_scale"),
-            alpha,
-            offs_E,
-            row_scale=rows.row_scale,
-            bias=getattr(self, f"{name}_bias"),
-            activation=activation,
-            out_dtype=dtype,
-        )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move, but never cast, codes and scales: ``model.to(torch.bfloat16)`` means the rest."""
-
-        for name, buffer in self._buffers.items():
-            if buffer is None:
-                continue
-            moved = fn(buffer)
-            castable = name.endswith("_bias") or moved.dtype == buffer.dtype
-            self._buffers[name] = moved if castable else buffer.to(moved.device)
-        if recurse:
-            for child in self.children():
-                child._apply(fn)
-        return self
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Copying casts in silence, and cast codes or scales are garbage: compare dtypes first."""
-        error_msgs: list[str] = args[-1]
-        for name, _, _ in self._projection_shapes():
-            if f"{prefix}{name}_input_scale" in state_dict:
-                self._register_input_scale(name, getattr(self, name).device)
-        for name, buffer in self._buffers.items():
-            loaded = state_dict.get(prefix + name)
-            if buffer is None or loaded is None:
-                continue
-            if not name.endswith("_bias") and loaded.dtype != buffer.dtype:
-                error_msgs.append(f"{prefix}{name}: must be {buffer.dtype}, got {loaded.dtype}")
-            elif name.endswith("input_scale"):
-                try:
-                    _check_input_scale(prefix + name, loaded)
-                except ValueError as error:
-                    error_msgs.append(str(error))
-        if not error_msgs:
-            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            return QuantizedRows(codes, sf, row_scale=scale)
+        return QuantizedRows(codes, sf, scale)
 
     def extra_repr(self) -> str:
         activation = self.activation if isinstance(self.activation, str) else "callable"
@@ -443,12 +319,3 @@ def _check_activation_scale(mode: ActivationScale | None) -> ActivationScale | N
             f"activation_scale: must be None or one of {ACTIVATION_SCALES}, got {mode!r}"
         )
     return mode
-
-
-def _check_input_scale(name: str, scale: Tensor) -> None:
-    bad = ~(scale.isfinite() & (scale > 0))
-    if not scale.is_meta and bool(bad.any()):
-        raise ValueError(
-            f"{name}: must be positive and finite, got {scale[bad].flatten()[0].item()} at "
-            f"{bad.nonzero()[0].tolist()}"
-        )

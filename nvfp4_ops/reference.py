@@ -9,8 +9,6 @@ order, so it is computed in float64 and rounded once to fp32: products of NVFP4 
 there, and so is nearly every sum of them, whatever the order.
 """
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -19,28 +17,8 @@ from nvfp4_ops import format as nvfp4
 from nvfp4_ops.activation import Activation
 
 _FP32_MAX = torch.finfo(torch.float32).max
-
-
-@cache
-def _midpoints(device: torch.device) -> Tensor:
-    """Boundaries b such that the e2m1 code of magnitude v is the number of b < v.
-
-    A tie goes to the even code. Where that is the upper neighbour (0.75 -> 1, 1.75 -> 2,
-    3.5 -> 4) the boundary is the fp32 number just below the midpoint.
-    """
-    mids = torch.tensor(nvfp4.E2M1_MIDPOINTS, dtype=torch.float32)
-    just_below = torch.nextafter(mids, torch.zeros(()))
-    rounds_up = torch.arange(len(nvfp4.E2M1_MIDPOINTS)) % 2 == 1
-    return torch.where(rounds_up, just_below, mids).to(device)
-
-
-@cache
-def _byte_values(device: torch.device) -> Tensor:
-    """(256, 2) fp32: the two e2m1 values of each byte, low nibble first."""
-    magnitudes = torch.tensor(nvfp4.E2M1_VALUES, dtype=torch.float32)
-    values = torch.cat([magnitudes, -magnitudes])
-    byte = torch.arange(256)
-    return torch.stack([values[byte & 15], values[byte >> 4]], dim=1).to(device)
+# Groups of 32 rows that share the lines of a swizzled tile.
+_LINE_GROUPS = nvfp4.SWIZZLE_LINE_BYTES // nvfp4.SWIZZLE_TILE_COLS
 
 
 def encode_e2m1(values: Tensor) -> Tensor:
@@ -48,9 +26,24 @@ def encode_e2m1(values: Tensor) -> Tensor:
 
     The sign bit is kept, also of -0 and of negatives that round to zero. NaN gives code 7.
     """
-    codes = torch.bucketize(values.abs(), _midpoints(values.device), out_int32=True).to(torch.uint8)
-    codes = codes | (torch.signbit(values).to(torch.uint8) * nvfp4.E2M1_SIGN_BIT)
-    return torch.where(values.isnan(), nvfp4.E2M1_NAN_CODE, codes)
+    magnitude = values.abs()
+    # Codes are 0.5 apart below 2, 1 apart below 4, 2 apart above: round to that grid.
+    codes = torch.where(
+        magnitude < 2.0,
+        torch.round(magnitude * 2.0),
+        torch.where(magnitude < 4.0, magnitude.round() + 2.0, torch.round(magnitude * 0.5) + 4.0),
+    )
+    codes = codes.nan_to_num(nan=nvfp4.E2M1_NAN_CODE).clamp(max=nvfp4.E2M1_MAX_CODE)
+    negative = torch.signbit(values) & ~values.isnan()
+    return codes.to(torch.uint8) | (negative.to(torch.uint8) * nvfp4.E2M1_SIGN_BIT)
+
+
+def decode_e2m1(codes: Tensor) -> Tensor:
+    """fp32 value of each uint8 code 0..15: (2 + m) * 2^e / 4, or m / 2 where e is 0."""
+    exponent, mantissa = (codes >> 1) & 3, codes & 1
+    quarters = torch.where(exponent == 0, 2 * mantissa, (2 + mantissa) << exponent)
+    magnitude = quarters.float() * 0.25
+    return torch.where(codes >= nvfp4.E2M1_SIGN_BIT, -magnitude, magnitude)
 
 
 def pack_codes(codes: Tensor) -> Tensor:
@@ -74,7 +67,10 @@ def encode_e4m3(values: Tensor) -> Tensor:
 
 def decode_blocks(packed: Tensor, block_scale: Tensor, dtype: torch.dtype) -> Tensor:
     """e2m1 * block scale, exact in bf16 and wider: (..., K / 2), (..., K / 16) -> (..., K)."""
-    values = _byte_values(packed.device).to(dtype)[packed.int()]
+    # Looked up two at a time: 256 bytes are quicker to decode than all of them.
+    every_byte = torch.arange(256, dtype=torch.uint8, device=packed.device)
+    byte_values = decode_e2m1(unpack_codes(every_byte.unsqueeze(-1))).to(dtype)
+    values = byte_values[packed.int()]
     blocks = values.reshape(*block_scale.shape, nvfp4.BLOCK_SIZE)
     return (blocks * block_scale.to(dtype).unsqueeze(-1)).flatten(-2)
 
@@ -120,7 +116,7 @@ def quantize_nvfp4(
     rows, k = x.shape
     scale = _broadcast_global_scale(global_scale, offs, rows)
     encode = (1.0 / scale).clamp(max=_FP32_MAX)
-    blocks = x.float().reshape(rows, nvfp4.num_blocks(k), nvfp4.BLOCK_SIZE)
+    blocks = x.float().contiguous().view(rows, nvfp4.num_blocks(k), nvfp4.BLOCK_SIZE)
     amax = blocks.abs().amax(dim=-1)
     # 1/6 is rounded to fp32 first: this is part of the rule.
     sixth = torch.tensor(1.0 / nvfp4.E2M1_MAX, dtype=torch.float32, device=x.device)
@@ -141,12 +137,11 @@ def quantize_weight(w: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
     blocks = w.float().unflatten(-1, (-1, nvfp4.BLOCK_SIZE))
     amax = blocks.abs().amax(dim=-1)
     scaled = amax / (nvfp4.E2M1_MAX * global_scale)
-    scaled = torch.where(amax == 0, 1.0, scaled.clamp(min=nvfp4.E4M3_MIN_SUBNORMAL))
+    scaled = torch.where(scaled == 0, 1.0, scaled.clamp(min=nvfp4.E4M3_MIN_SUBNORMAL))
     block_scale = encode_e4m3(scaled)
-    step = (block_scale.float() * global_scale).unsqueeze(-1)
-    codes = encode_e2m1(blocks / step)
-    # This rule takes the sign from ``w < 0``, so -0.0 is code 0.
-    codes = torch.where(blocks == 0, 0, codes)
+    quotient = blocks / (block_scale.float() * global_scale).unsqueeze(-1)
+    # This rule takes the sign from ``quotient < 0``, so -0.0 is code 0.
+    codes = torch.where(quotient == 0, 0, encode_e2m1(quotient))
     return pack_codes(codes.flatten(-2)), block_scale
 
 
@@ -204,7 +199,7 @@ def swizzle_sf(sf: Tensor, offs: Tensor | None = None) -> Tensor:
     target = _tile_row(offs, sf.shape[0], bound_rows, sf.device)
     padded[target, : sf.shape[1]] = sf.view(torch.uint8)
     tiles = padded[:bound_rows].view(
-        row_tiles, -1, nvfp4.SWIZZLE_LINES, col_tiles, nvfp4.SWIZZLE_TILE_COLS
+        row_tiles, _LINE_GROUPS, nvfp4.SWIZZLE_LINES, col_tiles, nvfp4.SWIZZLE_TILE_COLS
     )
     return tiles.permute(0, 3, 2, 1, 4).reshape(shape).view(sf.dtype)
 
@@ -212,16 +207,18 @@ def swizzle_sf(sf: Tensor, offs: Tensor | None = None) -> Tensor:
 def unswizzle_sf(sf: Tensor, shape: tuple[int, ...], offs: Tensor | None = None) -> Tensor:
     if len(shape) == 3:
         tiles_per_expert = nvfp4.swizzled_shape(shape[1:])[0]
-        per_expert = [unswizzle_sf(tiles, shape[1:]) for tiles in sf.split(tiles_per_expert)]
+        experts = sf.unflatten(0, (shape[0], tiles_per_expert))
+        per_expert = [unswizzle_sf(tiles, shape[1:]) for tiles in experts]
         return torch.stack(per_expert) if per_expert else sf.new_empty(shape)
     rows, cols = shape
     row_tiles, col_tiles, *_ = sf.shape
     tiles = sf.view(torch.uint8).view(
-        row_tiles, col_tiles, nvfp4.SWIZZLE_LINES, -1, nvfp4.SWIZZLE_TILE_COLS
+        row_tiles, col_tiles, nvfp4.SWIZZLE_LINES, _LINE_GROUPS, nvfp4.SWIZZLE_TILE_COLS
     )
     bound_rows = row_tiles * nvfp4.SWIZZLE_TILE_ROWS
-    padded = tiles.permute(0, 3, 2, 1, 4).reshape(bound_rows, -1)
-    padded = torch.cat([padded, torch.zeros_like(padded[:1])]) if bound_rows else padded
+    padded_cols = col_tiles * nvfp4.SWIZZLE_TILE_COLS
+    padded = tiles.permute(0, 3, 2, 1, 4).reshape(bound_rows, padded_cols)
+    padded = torch.cat([padded, padded.new_zeros(1, padded_cols)])
     source = _tile_row(offs, rows, bound_rows, sf.device)
     return padded[source, :cols].contiguous().view(sf.dtype)
 

@@ -32,6 +32,11 @@ def register(
     for device_type in DEVICE_TYPES:
         _LIBRARY.impl(name, kernel, device_type)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+
+    def backward(*_: Any) -> None:
+        raise NotImplementedError(f"{NAMESPACE}.{name} is for inference and has no backward")
+
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=_LIBRARY)
     _OPS.append(name)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 

@@ -30,8 +30,9 @@ def quantize_weight(w: Tensor, global_scale: Tensor | None = None) -> NVFP4Weigh
         block_scale  = e4m3(clamp(amax(block) / (6 * global_scale), 2^-9, 448))
         code         = e2m1(w / (block_scale * global_scale))       a true division
 
-    All in fp32, to nearest with ties to even. A zero block has block scale 1.0; -0.0 becomes
-    code 0, a negative that rounds to zero code 8. With a ``global_scale`` of one's own the rule
+    All in fp32, to nearest with ties to even. Where amax(block) / (6 * global_scale) is zero the
+    block scale is 1.0; where the quotient of a code is zero, as for -0.0, the code is 0, and a
+    negative that rounds to zero is code 8. With a ``global_scale`` of one's own the rule
     is the same, and then Inf saturates (block scale 448, code 7 or 15) and NaN makes its block
     NaN (block scale byte 0x7F, codes 7).
 

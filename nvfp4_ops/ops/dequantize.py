@@ -97,7 +97,7 @@ def dequantize_nvfp4(
     *,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Decode NVFP4: fl32(e2m1(code) * block_scale) * global_scale, rounded once to ``dtype``.
+    """Decode NVFP4: e2m1(code) * block_scale * global_scale in fp32, then cast to ``dtype``.
 
     The first product is exact in fp32, so an fp32 result carries a single rounding.
 

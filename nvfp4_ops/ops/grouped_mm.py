@@ -153,7 +153,7 @@ def grouped_scaled_mm(  # noqa: PLR0913 - the equation has this many terms
     *,
     row_scale: Tensor | None = None,
     bias: Tensor | None = None,
-    activation: Activation | str = "none",
+    activation: Activation | str | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:
     """Multiply ragged rows with the NVFP4 weight of their expert (2D x 3D).
@@ -179,7 +179,7 @@ def grouped_scaled_mm(  # noqa: PLR0913 - the equation has this many terms
         offs: (E,) int32 end row of each expert, non-decreasing, at most R.
         row_scale: fp32 (R,) or (R, 1): per-token global scale of ``a``.
         bias: (E, N) bf16, fp16 or fp32.
-        activation: a fused activation or its name (see ``nvfp4_ops.Activation``).
+        activation: a fused activation or its name (see ``nvfp4_ops.Activation``), or None.
         out_dtype: bf16, fp16 or fp32.
 
     Returns:
@@ -190,5 +190,5 @@ def grouped_scaled_mm(  # noqa: PLR0913 - the equation has this many terms
         ValueError: a shape is not one of the above, block scales are linear where they are due
             swizzled or the other way round, or (on the CPU) offs is not non-decreasing.
     """
-    act = Activation(activation) if isinstance(activation, str) else activation
+    act = Activation(activation or "none") if not isinstance(activation, Activation) else activation
     return _op(a, b, sf_a, sf_b, alpha, offs, row_scale, bias, act.name, act.limit, out_dtype)

@@ -1,5 +1,8 @@
 """Routers: the linear layer and top-k rule that choose each token's experts."""
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -42,8 +45,9 @@ class SoftmaxRouter(_Router):
 class SigmoidRouter(_Router):
     """DeepSeek-V3's rule: sigmoid scores, a correction bias for the choice, expert groups.
 
-    weight: (E, H); e_score_correction_bias: (E,) fp32 buffer. forward as SoftmaxRouter; see
-    ``sigmoid_top_k`` for the arguments.
+    weight: (E, H); e_score_correction_bias: (E,) buffer, fp32 whatever the module is cast to: its
+    differences between experts are small. forward as SoftmaxRouter; see ``sigmoid_top_k`` for the
+    arguments.
     """
 
     e_score_correction_bias: Tensor
@@ -63,6 +67,12 @@ class SigmoidRouter(_Router):
         self.num_groups, self.top_groups = num_groups, top_groups
         self.renormalize, self.scaling_factor = renormalize, scaling_factor
         self.register_buffer("e_score_correction_bias", torch.zeros(num_experts))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        return self
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         return sigmoid_top_k(

@@ -23,7 +23,7 @@ EXPERTS_SCORING_A_GROUP = 2
 
 def _top_k(scores: Tensor, k: int) -> Tensor:
     """Indices of the k largest, ties to the lower index (``torch.topk`` leaves that open)."""
-    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
 
 
 def _check_logits(logits: Tensor, top_k: int) -> None:
@@ -66,8 +66,9 @@ _router_logits = register(
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     """Router scores x @ weight.T, accumulated in float64 and rounded once to fp32.
 
-    A library matmul picks its summation order by the number of rows, so that a token could be
-    routed differently alone and in a batch; this one does not.
+    A library matmul picks its summation order by the number of rows, so that in fp32 a token can
+    be routed differently alone and in a batch. Here only logits can differ whose terms cancel by
+    more than the 2^29 that float64 has over fp32.
 
     Args:
         x: (T, H) fp32, bf16 or fp16.

@@ -1,0 +1,191 @@
+"""One projection of all experts: its NVFP4 weight, its scales, and how they are kept safe."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from nvfp4_ops import format as nvfp4
+from nvfp4_ops.activation import Activation
+from nvfp4_ops.ops import grouped_scaled_mm
+from nvfp4_ops.weight import NVFP4Weight
+
+
+class QuantizedRows(NamedTuple):
+    """Operand A of a grouped mm: with ``sf`` None the float rows themselves.
+
+    a: (R, K / 2) codes with sf (R, K / 16), or (R, K).
+    scale: () or (E,) global scale that goes into alpha. row_scale: (R, 1) of each row.
+    """
+
+    a: Tensor
+    sf: Tensor | None = None
+    scale: Tensor | None = None
+    row_scale: Tensor | None = None
+
+
+class ExpertProjection(nn.Module):
+    """Weights (E, N, K) in NVFP4, in the canonical layout and with ModelOpt's names.
+
+    ==============  ==================  ========================================================
+    weight          (E, N, K/2) uint8   codes, even k in the low nibble
+    weight_scale    (E, N, K/16) e4m3   linear block scales
+    weight_scale_2  (E,) fp32           global scales; (E, 2) with two segments of N/2 rows
+    input_scale     as weight_scale_2   static global scale of the input, or None
+    bias            (E, N)              or None
+    ==============  ==================  ========================================================
+
+    ``.to(dtype)`` and the like cast the bias alone: ``model.to(torch.bfloat16)`` means the rest of
+    the model. Loading a state dict checks dtypes and input scales rather than casting.
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_scale_2: Tensor
+    input_scale: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        num_experts: int,
+        num_rows: int,
+        num_columns: int,
+        *,
+        num_segments: int = 1,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__()
+        self.num_segments = num_segments
+        lead = (num_experts, num_rows)
+        # Zero codes and scales: without weights loaded the projection multiplies by zero.
+        codes = torch.zeros(*lead, nvfp4.packed_size(num_columns), dtype=torch.uint8, device=device)
+        sf = torch.zeros(*lead, nvfp4.num_blocks(num_columns), dtype=torch.uint8, device=device)
+        global_scale = torch.ones(num_experts, num_segments, dtype=torch.float32, device=device)
+        self.register_buffer("weight", codes)
+        self.register_buffer("weight_scale", sf.view(torch.float8_e4m3fn))
+        self.register_buffer("weight_scale_2", self._squeeze(global_scale))
+        self.register_buffer("input_scale", None)
+        bias_EN = torch.zeros(lead, dtype=dtype, device=device) if bias else None
+        self.register_buffer("bias", bias_EN)
+
+    def _squeeze(self, scales: Tensor) -> Tensor:
+        """(E, segments) -> (E,) where there is one segment."""
+        return scales.squeeze(1) if self.num_segments == 1 else scales
+
+    def segment(self, scales: Tensor) -> Tensor:
+        """Scales of this projection as (E, segments), for indexing."""
+        return scales.view(-1, self.num_segments)
+
+    def forward(
+        self,
+        rows: QuantizedRows,
+        offs_E: Tensor,
+        activation: Activation,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        alpha = self.weight_scale_2
+        if rows.scale is not None:
+            alpha = alpha * rows.scale
+        return grouped_scaled_mm(
+            rows.a,
+            self.weight,
+            rows.sf,
+            self.weight_scale,
+            alpha,
+            offs_E,
+            row_scale=rows.row_scale,
+            bias=self.bias,
+            activation=activation,
+            out_dtype=out_dtype,
+        )
+
+    def copy_segment(self, expert: int | slice, segment: int, weight: NVFP4Weight) -> None:
+        """Write one segment of one expert, or of a slice of them."""
+        num_rows = self.weight.shape[1] // self.num_segments
+        rows = slice(segment * num_rows, (segment + 1) * num_rows)
+        self.weight[expert, rows] = weight.codes.to(self.weight.device)
+        # As bytes: not every device can assign float8.
+        sf = self.weight_scale.view(torch.uint8)
+        sf[expert, rows] = weight.block_scale.view(torch.uint8).to(sf.device)
+        self.segment(self.weight_scale_2)[expert, segment] = weight.global_scale.to(sf.device)
+
+    def reserve_input_scale(self) -> None:
+        """Make room for input scales to be loaded.
+
+        NaN until then: a forgotten input scale must not look like a result.
+        """
+        nan = torch.full_like(self.weight_scale_2, torch.nan)
+        self.register_buffer("input_scale", nan)
+
+    def set_input_scale(self, scale: Tensor) -> None:
+        """Set the static input scale, shaped like ``weight_scale_2``.
+
+        Raises:
+            ValueError: another shape, or a scale is not positive and finite.
+        """
+        if scale.shape != self.weight_scale_2.shape:
+            raise ValueError(
+                f"input_scale: must be {tuple(self.weight_scale_2.shape)}, got {tuple(scale.shape)}"
+            )
+        _check_input_scale("input_scale", scale)
+        device = self.weight.device
+        self.register_buffer("input_scale", scale.to(device, torch.float32, copy=True))
+
+    def check_input_scale(self, name: str) -> None:
+        """Raise ValueError unless there are input scales, positive and finite."""
+        if self.input_scale is None:
+            raise ValueError(
+                f'activation_scale: "static" needs {name}.input_scale, which this module does not '
+                "have; load a checkpoint with input scales, or calibrate"
+            )
+        _check_input_scale(f"{name}.input_scale", self.input_scale)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        for name, buffer in self._buffers.items():
+            if buffer is None:
+                continue
+            moved = fn(buffer)
+            castable = name == "bias" or moved.dtype == buffer.dtype
+            self._buffers[name] = moved if castable else buffer.to(moved.device)
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        error_msgs: list[str] = args[-1]
+        if f"{prefix}input_scale" in state_dict:
+            self.reserve_input_scale()
+        for name, buffer in self._buffers.items():
+            loaded = state_dict.get(prefix + name)
+            if buffer is None or loaded is None:
+                continue
+            if name != "bias" and loaded.dtype != buffer.dtype:
+                error_msgs.append(f"{prefix}{name}: must be {buffer.dtype}, got {loaded.dtype}")
+            elif name == "input_scale":
+                try:
+                    _check_input_scale(prefix + name, loaded)
+                except ValueError as error:
+                    error_msgs.append(str(error))
+        if not error_msgs:
+            super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        num_experts, rows, packed = self.weight.shape
+        return (
+            f"num_experts={num_experts}, N={rows}, K={packed * nvfp4.CODES_PER_BYTE}, "
+            f"input_scale={self.input_scale is not None}, bias={self.bias is not None}"
+        )
+
+
+def _check_input_scale(name: str, scale: Tensor) -> None:
+    if scale.is_meta:
+        return
+    bad = ~(scale.isfinite() & (scale > 0))
+    if bool(bad.any()):
+        raise ValueError(
+            f"{name}: must be positive and finite, got {scale[bad].flatten()[0].item()} at "
+            f"{bad.nonzero()[0].tolist()}"
+        )
