@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from nvfp4_ops import format as nvfp4
-from nvfp4_ops.reference import expert_of_row
+from nvfp4_ops.reference import expert_of_row, global_scale_of_amax
 
 if TYPE_CHECKING:
     from nvfp4_ops.moe import NVFP4MoE
@@ -38,7 +37,7 @@ class AmaxObserver:
         """
         rows = self.rows[:-1]
         rows = torch.where(rows == 0, rows.amax(), rows)
-        return self.tokens / nvfp4.GLOBAL_SCALE_DIVISOR, rows / nvfp4.GLOBAL_SCALE_DIVISOR
+        return global_scale_of_amax(self.tokens), global_scale_of_amax(rows)
 
 
 @contextmanager
@@ -77,8 +76,10 @@ def calibrate(model: nn.Module) -> Iterator[None]:
 
 def _set_input_scales(name: str, layer: "NVFP4MoE") -> None:
     assert layer._observer is not None
-    tokens, rows = layer._observer.input_scales()
-    if not bool(((tokens > 0) & tokens.isfinite() & (rows > 0) & rows.isfinite()).all()):
+    observer = layer._observer
+    amax = torch.cat([observer.tokens.view(1), observer.rows[:-1].amax().view(1)])
+    if not bool(((amax > 0) & amax.isfinite()).all()):
         raise ValueError(f"{name or 'model'}: calibration saw no rows, only zeros, Inf or NaN")
+    tokens, rows = observer.input_scales()
     layer.first_proj.set_input_scale(tokens.expand_as(layer.first_proj.weight_scale_2))
     layer.down_proj.set_input_scale(rows)

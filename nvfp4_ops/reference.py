@@ -98,6 +98,18 @@ def _broadcast_global_scale(global_scale: Tensor, offs: Tensor | None, num_rows:
     return global_scale if global_scale.ndim == 0 else global_scale.reshape(-1, 1)
 
 
+def _over_divisor(amax: Tensor) -> Tensor:
+    """fp32 amax / 2688, correctly rounded on every device."""
+    # A tensor, because CUDA multiplies by the rounded reciprocal of a Python number.
+    return amax / torch.full((), nvfp4.GLOBAL_SCALE_DIVISOR, device=amax.device)
+
+
+def global_scale_of_amax(amax: Tensor) -> Tensor:
+    """ModelOpt's rule, also for static input scales: amax / 2688, and 1.0 where that is 0."""
+    scale = _over_divisor(amax)
+    return torch.where(scale == 0, 1.0, scale)
+
+
 def global_scale(x: Tensor, per_token: bool = False) -> Tensor:
     if per_token:
         amax = x.abs().amax(dim=-1, keepdim=True).float()
@@ -105,7 +117,7 @@ def global_scale(x: Tensor, per_token: bool = False) -> Tensor:
         return torch.ones((), dtype=torch.float32, device=x.device)
     else:
         amax = x.abs().amax().float()
-    scale = (amax / nvfp4.GLOBAL_SCALE_DIVISOR).clamp(min=nvfp4.GLOBAL_SCALE_MIN)
+    scale = _over_divisor(amax).clamp(min=nvfp4.GLOBAL_SCALE_MIN)
     # Nothing to scale by in an all-zero row, nor in one that holds an Inf.
     return torch.where((amax == 0) | amax.isinf(), 1.0, scale)
 
@@ -119,7 +131,7 @@ def quantize_nvfp4(
     blocks = x.float().contiguous().view(rows, nvfp4.num_blocks(k), nvfp4.BLOCK_SIZE)
     amax = blocks.abs().amax(dim=-1)
     # 1/6 is rounded to fp32 first: this is part of the rule.
-    sixth = torch.tensor(1.0 / nvfp4.E2M1_MAX, dtype=torch.float32, device=x.device)
+    sixth = torch.full((), 1.0 / nvfp4.E2M1_MAX, device=x.device)
     block_scale = encode_e4m3(amax * (encode * sixth))
     decode = block_scale.float() * (1.0 / encode)
     inv_scale = torch.where(block_scale.float() == 0, 0.0, (1.0 / decode).clamp(max=_FP32_MAX))

@@ -80,5 +80,4 @@ def _weight_global_scale(w: Tensor) -> Tensor:
             f" in experts {(~amax.isfinite()).nonzero().flatten().tolist()}" if w.ndim == 3 else ""
         )
         raise ValueError(f"w: must be finite, got Inf or NaN{where}")
-    scale = amax / nvfp4.GLOBAL_SCALE_DIVISOR
-    return torch.where(scale == 0, 1.0, scale)
+    return reference.global_scale_of_amax(amax)

@@ -148,3 +148,14 @@ def test_moe_compiled_on_cuda_equals_eager(mode: str | None) -> None:
     for tokens in (3, 40, 17):
         x = make_inputs(tokens)[0].cuda()
         assert torch.equal(compiled(x), moe(x))
+
+
+def test_grouped_mm_on_cuda_says_that_it_is_the_reference() -> None:
+    from nvfp4_ops.ops import grouped_mm
+
+    grouped_mm._warn_of_reference.cache_clear()
+    moe = make_moe().cuda()
+    inputs = [x.cuda() for x in make_inputs(3)]
+    with pytest.warns(UserWarning, match="runs the PyTorch reference"):
+        moe(*inputs)
+    assert set(nvfp4_ops.backend_info()["grouped_scaled_mm"].values()) == {"PyTorch reference"}

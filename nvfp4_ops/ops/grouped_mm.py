@@ -1,5 +1,7 @@
 """grouped_scaled_mm: ragged rows times the NVFP4 weight of their expert."""
 
+import warnings
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -115,10 +117,22 @@ def _fake(*args: Any) -> Tensor:
     return arguments.a.new_empty(shape, dtype=arguments.out_dtype)
 
 
+@cache
+def _warn_of_reference(device_name: str) -> None:
+    """Once a device: what is slow must not look like what was promised."""
+    warnings.warn(
+        f"grouped_scaled_mm has no kernel for {device_name} yet and runs the PyTorch reference, "
+        "which multiplies every row with every expert",
+        stacklevel=2,
+    )
+
+
 def _kernel(*args: Any) -> Tensor:
     arguments = _Arguments(*args)
     act = Activation(arguments.activation, arguments.limit)
     _check(arguments, act)
+    if arguments.a.is_cuda:
+        _warn_of_reference(torch.cuda.get_device_name(arguments.a.device))
     a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype = arguments
     return reference.grouped_scaled_mm(
         a,
