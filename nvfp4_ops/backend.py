@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
+from nvfp4_ops import kernels
 from nvfp4_ops.registry import registered_ops
 
 REFERENCE = "PyTorch reference"
@@ -15,11 +16,16 @@ def device_types() -> Sequence[str]:
 
 
 def backend_info() -> dict[str, dict[str, str]]:
-    """Implementation of every op on every device type of this machine.
+    """Implementation of every op on every device type of this machine, and why.
 
     Returns:
         {op name: {device type: implementation}}. "PyTorch reference" is correct everywhere and
         meant for tests, tracing and debugging; on a GPU it multiplies every row with every
         expert, so that nothing waits for the host.
     """
-    return {name: dict.fromkeys(device_types(), REFERENCE) for name in registered_ops()}
+    info = {name: dict.fromkeys(device_types(), REFERENCE) for name in registered_ops()}
+    if "cuda" in device_types():
+        reason = kernels.why_no_grouped_mm(torch.device("cuda", 0), num_experts=1)
+        served = f"{REFERENCE}: {reason}" if reason else "CuTe DSL sm_90a (bf16 or NVFP4 rows)"
+        info["grouped_scaled_mm"]["cuda"] = served
+    return info

@@ -21,6 +21,7 @@ class AmaxObserver:
         # One more entry collects the rows of no expert and is never read.
         self.rows = torch.zeros(num_experts + 1, device=device)
 
+    @torch.no_grad()
     def observe(self, x_TD: Tensor, hidden_RF: Tensor, offs_E: Tensor) -> None:
         if x_TD.shape[0] == 0:
             return
@@ -66,20 +67,21 @@ def calibrate(model: nn.Module) -> Iterator[None]:
         layer._observer = AmaxObserver(layer.num_experts, layer.down_proj.weight.device)
     try:
         yield
+        scales = {name: _input_scales(name, layer) for name, layer in layers.items()}
         for name, layer in layers.items():
-            _set_input_scales(name, layer)
+            tokens, rows = scales[name]
+            layer.first_proj.set_input_scale(tokens.expand_as(layer.first_proj.weight_scale_2))
+            layer.down_proj.set_input_scale(rows)
     finally:
         for name, layer in layers.items():
             layer._observer = None
             layer._activation_scale = modes[name]
 
 
-def _set_input_scales(name: str, layer: "NVFP4MoE") -> None:
-    assert layer._observer is not None
+def _input_scales(name: str, layer: "NVFP4MoE") -> tuple[Tensor, Tensor]:
     observer = layer._observer
+    assert observer is not None
     amax = torch.cat([observer.tokens.view(1), observer.rows[:-1].amax().view(1)])
     if not bool(((amax > 0) & amax.isfinite()).all()):
         raise ValueError(f"{name or 'model'}: calibration saw no rows, only zeros, Inf or NaN")
-    tokens, rows = observer.input_scales()
-    layer.first_proj.set_input_scale(tokens.expand_as(layer.first_proj.weight_scale_2))
-    layer.down_proj.set_input_scale(rows)
+    return observer.input_scales()

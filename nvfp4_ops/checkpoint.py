@@ -8,7 +8,7 @@ never recomputed. Only safetensors files are read.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,9 @@ SUPPORTED_ALGORITHMS = ("NVFP4", "W4A16_NVFP4")
 
 # Gate, up, down as Qwen, DeepSeek and most others name them, then as Mixtral does.
 PROJECTION_NAMES = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+
+
+Experts = TypeVar("Experts", bound=NVFP4MoE)
 
 
 class CheckpointError(ValueError):
@@ -43,9 +46,9 @@ class Checkpoint:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise CheckpointError(f"{self.directory}: no such directory")
+        self._open: dict[str, Any] = {}
         self.quantization = self._read_quantization()
         self._file_of = self._read_index()
-        self._open: dict[str, Any] = {}
 
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.directory / name
@@ -60,23 +63,27 @@ class Checkpoint:
     def _read_quantization(self) -> dict[str, Any]:
         """Older checkpoints have only hf_quant_config.json, newer ones both."""
         if (self.directory / "hf_quant_config.json").exists():
-            config = self._read_json("hf_quant_config.json").get("quantization", {})
+            config = self._read_json("hf_quant_config.json").get("quantization")
         elif (self.directory / "config.json").exists():
-            config = self._read_json("config.json").get("quantization_config") or {}
+            config = self._read_json("config.json").get("quantization_config")
         else:
             raise CheckpointError(f"{self.directory}: has no hf_quant_config.json or config.json")
+        if not isinstance(config, dict):
+            raise CheckpointError(f"{self.directory}: has no quantization config: not NVFP4")
         algorithm = config.get("quant_algo")
         if algorithm not in SUPPORTED_ALGORITHMS:
             raise CheckpointError(
                 f"{self.directory}: quant_algo must be one of {SUPPORTED_ALGORITHMS}, "
-                f"got {algorithm!r}"
+                f"got {algorithm!r} (quant_method {config.get('quant_method')!r})"
             )
         return config
 
     def _read_index(self) -> dict[str, str]:
         if (self.directory / SAFETENSORS_INDEX).exists():
             weight_map = self._read_json(SAFETENSORS_INDEX).get("weight_map")
-            if not isinstance(weight_map, dict):
+            if not isinstance(weight_map, dict) or not all(
+                isinstance(file, str) for file in weight_map.values()
+            ):
                 raise CheckpointError(f"{self.directory / SAFETENSORS_INDEX}: has no weight_map")
             return weight_map
         path = self.directory / SAFETENSORS_FILE
@@ -84,7 +91,6 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.directory}: has neither {SAFETENSORS_FILE} nor {SAFETENSORS_INDEX}"
             )
-        self._open = {}
         return dict.fromkeys(self._file(SAFETENSORS_FILE).keys(), SAFETENSORS_FILE)
 
     def _file(self, name: str) -> Any:
@@ -172,8 +178,9 @@ def load_experts(
     *,
     activation_scale: ActivationScale | None = None,
     device: torch.device | str | None = None,
+    module: type[Experts] = NVFP4MoE,  # type: ignore[assignment]
     **options: Any,
-) -> NVFP4MoE:
+) -> Experts:
     """Load the experts of one layer, expert by expert.
 
     Args:
@@ -182,14 +189,19 @@ def load_experts(
             ``model.layers.0.block_sparse_moe.experts``).
         activation_scale: as NVFP4MoE's. "static" needs input scales in the checkpoint.
         device: where the module is to live.
-        options: further arguments of NVFP4MoE, such as ``activation`` and ``router``.
+        module: the class to make, NVFP4MoE or a subclass.
+        options: ``activation``, ``activation_limit`` and ``router`` of NVFP4MoE; the experts are
+            gated and have no biases.
 
     Raises:
         CheckpointError: names the file and the tensor that is missing or wrong.
     """
     checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
+    refused = options.keys() & {"gated", "bias"}
+    if refused:
+        raise ValueError(f"{', '.join(sorted(refused))}: this layout is gated and has no biases")
     num_experts, names, (intermediate, hidden) = _expert_layout(checkpoint, prefix)
-    moe = NVFP4MoE(hidden, intermediate, num_experts, device=device, **options)
+    moe = module(hidden, intermediate, num_experts, device=device, **options)
     has_input_scale = f"{prefix}.0.{names[0]}.input_scale" in checkpoint
     if activation_scale == "static" and not has_input_scale:
         raise CheckpointError(
@@ -214,6 +226,8 @@ def load_experts(
         moe.first_proj.set_input_scale(gate_up_input_scale)
         moe.down_proj.set_input_scale(down_input_scale.squeeze(1))
     moe.activation_scale = activation_scale
+    for projection in moe.projections().values():
+        projection.prepack()
     return moe
 
 
@@ -243,13 +257,14 @@ def expert_tensors(moe: NVFP4MoE, prefix: str) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     targets = ((moe.first_proj, 0), (moe.first_proj, 1), (moe.down_proj, 0))
     for name, (projection, segment) in zip(PROJECTION_NAMES[0], targets, strict=True):
-        num_rows = projection.weight.shape[1] // projection.num_segments
+        codes, block_scale = projection.canonical()
+        num_rows = projection.num_rows // projection.num_segments
         rows = slice(segment * num_rows, (segment + 1) * num_rows)
         for expert in range(moe.num_experts):
             scale_2 = projection.segment(projection.weight_scale_2)
             parts = {
-                "weight": projection.weight[expert, rows],
-                "weight_scale": projection.weight_scale[expert, rows],
+                "weight": codes[expert, rows],
+                "weight_scale": block_scale[expert, rows],
                 "weight_scale_2": scale_2[expert, segment],
             }
             if projection.input_scale is not None:

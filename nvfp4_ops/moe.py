@@ -7,6 +7,7 @@ graph computes the very bits of eager mode.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
 import torch
@@ -17,6 +18,7 @@ from nvfp4_ops.activation import Activation
 from nvfp4_ops.calibration import AmaxObserver
 from nvfp4_ops.ops import global_scale, quantize_nvfp4
 from nvfp4_ops.projection import ExpertProjection, QuantizedRows
+from nvfp4_ops.registry import check_shape
 from nvfp4_ops.routing import combine, permute, sort_by_expert
 from nvfp4_ops.weight import quantize_weight
 
@@ -98,7 +100,6 @@ class NVFP4MoE(nn.Module):
         self.num_experts = num_experts
         self.gated = gated
         self.activation = activation
-        self._unfused = activation if callable(activation) else None
         self._fused = _fused_activation(activation, gated, activation_limit)
         self.router = router
         self._observer: AmaxObserver | None = None
@@ -112,7 +113,8 @@ class NVFP4MoE(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.add_module("gate_up_proj" if gated else "up_proj", first)
+        self._first_name = "gate_up_proj" if gated else "up_proj"
+        self.add_module(self._first_name, first)
         self.down_proj = ExpertProjection(
             num_experts, hidden_size, intermediate_size, bias=bias, device=device, dtype=dtype
         )
@@ -124,15 +126,15 @@ class NVFP4MoE(nn.Module):
     @property
     def first_proj(self) -> ExpertProjection:
         """gate_up_proj, or up_proj without a gate."""
-        first: ExpertProjection = getattr(self, "gate_up_proj" if self.gated else "up_proj")
+        first: ExpertProjection = getattr(self, self._first_name)
         return first
 
     def projections(self) -> dict[str, ExpertProjection]:
         """Both projections by name, in the order of the flow."""
-        name = "gate_up_proj" if self.gated else "up_proj"
-        return {name: self.first_proj, "down_proj": self.down_proj}
+        return {self._first_name: self.first_proj, "down_proj": self.down_proj}
 
     @classmethod
+    @torch.no_grad()
     def from_float(
         cls,
         gate_up_proj: Tensor,
@@ -151,7 +153,8 @@ class NVFP4MoE(nn.Module):
             gate_up_proj: (E, 2F, D), gate rows first, or (E, F, D) with ``gated`` False.
             down_proj: (E, D, F).
             gate_up_bias: (E, 2F) or (E, F). down_bias: (E, D). Both or none.
-            gated, options: as the constructor's; the weights' device is used.
+            gated, options: as the constructor's, but for device and dtype, which are those of
+                the weights and biases, and "static", which needs ``calibrate`` first.
 
         Raises:
             TypeError, ValueError: shapes or dtypes do not fit, or weights are not finite.
@@ -171,6 +174,14 @@ class NVFP4MoE(nn.Module):
             )
         if (gate_up_bias is None) != (down_bias is None):
             raise ValueError("gate_up_bias and down_bias: give both or none")
+        if gate_up_bias is not None and down_bias is not None:
+            check_shape("gate_up_bias", gate_up_bias, (num_experts, first_rows), "(E, N)")
+            check_shape("down_bias", down_bias, (num_experts, hidden), "(E, D)")
+        if options.get("activation_scale") == "static":
+            raise ValueError(
+                'activation_scale: "static" needs input scales; build the module, run it under '
+                "nvfp4_ops.calibrate, then assign"
+            )
         moe = cls(
             hidden,
             intermediate,
@@ -190,14 +201,15 @@ class NVFP4MoE(nn.Module):
             if bias is not None:
                 assert projection.bias is not None
                 projection.bias.copy_(bias)
+            projection.prepack()
         return moe
 
     @classmethod
-    def from_checkpoint(cls, directory: str, prefix: str, **options: Any) -> "NVFP4MoE":
+    def from_checkpoint(cls, directory: str | Path, prefix: str, **options: Any) -> Self:
         """Load one layer's experts from a checkpoint; see ``nvfp4_ops.checkpoint.load_experts``."""
         from nvfp4_ops.checkpoint import load_experts
 
-        return load_experts(directory, prefix, **options)
+        return load_experts(directory, prefix, module=cls, **options)
 
     @property
     def activation_scale(self) -> ActivationScale | None:
@@ -226,7 +238,7 @@ class NVFP4MoE(nn.Module):
         Returns:
             (..., D) of the dtype of hidden_states.
         """
-        if hidden_states.shape[-1] != self.hidden_size:
+        if hidden_states.ndim == 0 or hidden_states.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"hidden_states: last dimension must be {self.hidden_size}, "
                 f"got shape {tuple(hidden_states.shape)}"
@@ -239,6 +251,10 @@ class NVFP4MoE(nn.Module):
         elif top_k_index is None or top_k_weights is None:
             raise ValueError("top_k_index and top_k_weights: give both or none")
         else:
+            if top_k_index.ndim == 0 or top_k_index.shape[-1] == 0:
+                raise ValueError(
+                    f"top_k_index: must be (..., top_k), top_k > 0, got {tuple(top_k_index.shape)}"
+                )
             index_TK = top_k_index.reshape(-1, top_k_index.shape[-1])
             weights_TK = top_k_weights.reshape(-1, top_k_weights.shape[-1])
         if index_TK.shape[0] != x_TD.shape[0]:
@@ -249,8 +265,10 @@ class NVFP4MoE(nn.Module):
         offs_E, token_of_row_R, row_of_slot_TK = sort_by_expert(index_TK, self.num_experts)
         routed = self._quantize_tokens(x_TD, token_of_row_R)
         hidden_RF = self.first_proj(routed, offs_E, self._fused, x_TD.dtype)
-        if self._unfused is not None:
-            hidden_RF = self._unfused(hidden_RF)
+        if callable(self.activation):
+            # It may turn the zeros of rows without an expert into something else.
+            row_R1 = torch.arange(hidden_RF.shape[0], device=hidden_RF.device).unsqueeze(1)
+            hidden_RF = torch.where(row_R1 < offs_E[-1], self.activation(hidden_RF), 0)
         if self._observer is not None:
             self._observer.observe(x_TD, hidden_RF, offs_E)
         down_rows = self._quantize_rows(hidden_RF, offs_E)
@@ -304,7 +322,7 @@ def _fused_activation(
         if limit is not None:
             raise ValueError("activation_limit: a callable does its own clamping")
         return Activation()
-    if (activation, gated) not in _FUSED:
+    if not isinstance(activation, str) or (activation, gated) not in _FUSED:
         known = ", ".join(f"{name} {'' if g else 'un'}gated" for name, g in _FUSED)
         raise ValueError(
             f"activation: must be a callable or one of {known}; "

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from nvfp4_ops import format as nvfp4
+from nvfp4_ops import kernels
 from nvfp4_ops.activation import Activation
-from nvfp4_ops.ops import grouped_scaled_mm
+from nvfp4_ops.ops import grouped_scaled_mm, prepack_weight
 from nvfp4_ops.weight import NVFP4Weight
 
 
@@ -38,10 +39,14 @@ class ExpertProjection(nn.Module):
 
     ``.to(dtype)`` and the like cast the bias alone: ``model.to(torch.bfloat16)`` means the rest of
     the model. Loading a state dict checks dtypes and input scales rather than casting.
+
+    On a GPU whose grouped mm wants prepacked weights, ``prepack`` replaces ``weight`` by those
+    (rank 4, scales within) and drops ``weight_scale``. Moves prepack and unpack by themselves, and
+    the state dict is canonical either way.
     """
 
     weight: Tensor
-    weight_scale: Tensor
+    weight_scale: Tensor | None
     weight_scale_2: Tensor
     input_scale: Tensor | None
     bias: Tensor | None
@@ -59,6 +64,7 @@ class ExpertProjection(nn.Module):
     ) -> None:
         super().__init__()
         self.num_segments = num_segments
+        self.num_rows, self.num_columns = num_rows, num_columns
         lead = (num_experts, num_rows)
         # Zero codes and scales: without weights loaded the projection multiplies by zero.
         codes = torch.zeros(*lead, nvfp4.packed_size(num_columns), dtype=torch.uint8, device=device)
@@ -100,11 +106,37 @@ class ExpertProjection(nn.Module):
             bias=self.bias,
             activation=activation,
             out_dtype=out_dtype,
+            num_columns=self.num_rows if self.prepacked else None,
         )
 
+    @property
+    def prepacked(self) -> bool:
+        return self.weight.ndim == 4
+
+    def prepack(self) -> None:
+        """Prepack if this device's grouped mm gains by it; the canonical tensors are freed."""
+        if self.prepacked or not self.weight.is_cuda:
+            return
+        if kernels.why_no_grouped_mm(self.weight.device, self.weight.shape[0]) is None:
+            assert self.weight_scale is not None
+            self.weight = prepack_weight(self.weight, self.weight_scale)
+            self.weight_scale = None
+
+    def canonical(self) -> tuple[Tensor, Tensor]:
+        """weight and weight_scale in canonical layout."""
+        if self.weight_scale is not None:
+            return self.weight, self.weight_scale
+        return kernels.unpack(self.weight, self.num_rows, self.num_columns)
+
+    def unpack(self) -> None:
+        """Undo ``prepack``."""
+        self.weight, self.weight_scale = self.canonical()
+
+    @torch.no_grad()
     def copy_segment(self, expert: int | slice, segment: int, weight: NVFP4Weight) -> None:
-        """Write one segment of one expert, or of a slice of them."""
-        num_rows = self.weight.shape[1] // self.num_segments
+        """Write one segment of one expert, or of a slice of them; not when prepacked."""
+        assert self.weight_scale is not None
+        num_rows = self.num_rows // self.num_segments
         rows = slice(segment * num_rows, (segment + 1) * num_rows)
         self.weight[expert, rows] = weight.codes.to(self.weight.device)
         # As bytes: not every device can assign float8.
@@ -130,9 +162,9 @@ class ExpertProjection(nn.Module):
             raise ValueError(
                 f"input_scale: must be {tuple(self.weight_scale_2.shape)}, got {tuple(scale.shape)}"
             )
-        _check_input_scale("input_scale", scale)
+        _check_scale("input_scale", scale)
         device = self.weight.device
-        self.register_buffer("input_scale", scale.to(device, torch.float32, copy=True))
+        self.register_buffer("input_scale", scale.detach().to(device, torch.float32, copy=True))
 
     def check_input_scale(self, name: str) -> None:
         """Raise ValueError unless there are input scales, positive and finite."""
@@ -141,46 +173,67 @@ class ExpertProjection(nn.Module):
                 f'activation_scale: "static" needs {name}.input_scale, which this module does not '
                 "have; load a checkpoint with input scales, or calibrate"
             )
-        _check_input_scale(f"{name}.input_scale", self.input_scale)
+        _check_scale(f"{name}.input_scale", self.input_scale)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        for name, buffer in self._buffers.items():
-            if buffer is None:
-                continue
-            moved = fn(buffer)
-            castable = name == "bias" or moved.dtype == buffer.dtype
-            self._buffers[name] = moved if castable else buffer.to(moved.device)
+        if self.prepacked and not fn(self.weight_scale_2).is_cuda:
+            self.unpack()
+        own = dict(self._buffers)
+        for name, buffer in own.items():
+            if buffer is not None:
+                moved = fn(buffer)
+                castable = name == "bias" or moved.dtype == buffer.dtype
+                own[name] = moved if castable else buffer.to(moved.device)
+        # What others have attached to this module moves and is cast as ever.
+        self._buffers.clear()
+        super()._apply(fn, recurse)
+        self._buffers.update(own)
+        self.prepack()
         return self
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.prepacked:
+            names = (f"{prefix}weight", f"{prefix}weight_scale")
+            destination.update(zip(names, self.canonical(), strict=True))
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         error_msgs: list[str] = args[-1]
-        if f"{prefix}input_scale" in state_dict:
-            self.reserve_input_scale()
-        for name, buffer in self._buffers.items():
+        was_prepacked = self.prepacked
+        if was_prepacked:
+            self.unpack()
+        checked = {**self._buffers, "input_scale": self.weight_scale_2}
+        for name, buffer in checked.items():
             loaded = state_dict.get(prefix + name)
             if buffer is None or loaded is None:
                 continue
             if name != "bias" and loaded.dtype != buffer.dtype:
                 error_msgs.append(f"{prefix}{name}: must be {buffer.dtype}, got {loaded.dtype}")
-            elif name == "input_scale":
+            elif name in ("input_scale", "weight_scale_2"):
                 try:
-                    _check_input_scale(prefix + name, loaded)
+                    _check_scale(prefix + name, loaded)
                 except ValueError as error:
                     error_msgs.append(str(error))
+        if f"{prefix}input_scale" in state_dict and not error_msgs:
+            self.reserve_input_scale()
         if not error_msgs:
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if was_prepacked:
+            self.prepack()
 
     def extra_repr(self) -> str:
-        num_experts, rows, packed = self.weight.shape
         return (
-            f"num_experts={num_experts}, N={rows}, K={packed * nvfp4.CODES_PER_BYTE}, "
-            f"input_scale={self.input_scale is not None}, bias={self.bias is not None}"
+            f"num_experts={self.weight.shape[0]}, N={self.num_rows}, K={self.num_columns}, "
+            f"input_scale={self.input_scale is not None}, bias={self.bias is not None}, "
+            f"prepacked={self.prepacked}"
         )
 
 
-def _check_input_scale(name: str, scale: Tensor) -> None:
+def _check_scale(name: str, scale: Tensor) -> None:
     if scale.is_meta:
         return
     bad = ~(scale.isfinite() & (scale > 0))

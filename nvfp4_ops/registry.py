@@ -34,7 +34,10 @@ def register(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
 
     def backward(*_: Any) -> None:
-        raise NotImplementedError(f"{NAMESPACE}.{name} is for inference and has no backward")
+        raise NotImplementedError(
+            f"{NAMESPACE}.{name} is for inference and has no backward; run and compile it under "
+            "torch.no_grad() or torch.inference_mode()"
+        )
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=_LIBRARY)
     _OPS.append(name)

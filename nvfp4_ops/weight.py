@@ -23,6 +23,7 @@ class NVFP4Weight(NamedTuple):
     global_scale: Tensor
 
 
+@torch.no_grad()
 def quantize_weight(w: Tensor, global_scale: Tensor | None = None) -> NVFP4Weight:
     """Quantize a weight, or each expert's, by ModelOpt's rule bit for bit.
 

@@ -241,6 +241,25 @@ def _mm_samples() -> list[Sample]:
     ]
 
 
+def _prepacked_mm(num_rows: int) -> tuple[Any, ...]:
+    a, b, sf_a, sf_b, alpha, offs = operands(
+        _split(num_rows), 32, 48, a_dtype=torch.bfloat16, rows_past_end=0
+    )
+    return a, nvfp4_ops.prepack_weight(b, sf_b), sf_a, None, alpha, offs
+
+
+def _prepack_samples() -> list[Sample]:
+    def experts(n: int, k: int) -> Callable[[int], tuple[Any, ...]]:
+        return lambda r: (random_codes(r, n, k // 2), random_sf(r, n, k // 16, lowest=1))
+
+    return [
+        Sample("prepack_weight", "padded", experts(16, 16)),
+        Sample("prepack_weight", "odd", experts(48, 80)),
+        Sample("prepack_weight", "whole-tiles", experts(128, 128)),
+        Sample("grouped_scaled_mm", "prepacked", _prepacked_mm, {"num_columns": 32}),
+    ]
+
+
 def _routing_samples() -> list[Sample]:
     def slots(num_tokens: int) -> Tensor:
         """Two rows per token, the last slot without one."""
@@ -299,5 +318,6 @@ SAMPLES = [
     *_dequantize_samples(),
     *_swizzle_samples(),
     *_mm_samples(),
+    *_prepack_samples(),
     *_routing_samples(),
 ]

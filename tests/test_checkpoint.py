@@ -238,3 +238,27 @@ def test_expert_tensors_refuses_other_layouts() -> None:
     ungated = NVFP4MoE(32, 16, 2, activation="relu2", gated=False)
     with pytest.raises(ValueError, match="only gated experts without biases"):
         expert_tensors(ungated, PREFIX)
+
+
+def test_load_experts_makes_the_class_that_is_asked_for(tmp_path: Path, moe: NVFP4MoE) -> None:
+    class Special(NVFP4MoE):
+        pass
+
+    write_checkpoint(tmp_path, expert_tensors(moe, PREFIX))
+    assert type(Special.from_checkpoint(tmp_path, PREFIX)) is Special
+    with pytest.raises(ValueError, match="bias, gated: this layout is gated and has no biases"):
+        NVFP4MoE.from_checkpoint(tmp_path, PREFIX, bias=True, gated=False)
+
+
+@pytest.mark.parametrize("content", ['{"quantization": null}', '{"quantization": []}', "{}"])
+def test_checkpoint_refuses_configs_without_quantization(tmp_path: Path, content: str) -> None:
+    (tmp_path / "hf_quant_config.json").write_text(content)
+    with pytest.raises(CheckpointError, match="has no quantization config: not NVFP4"):
+        Checkpoint(tmp_path)
+
+
+def test_checkpoint_refuses_a_broken_index(tmp_path: Path, moe: NVFP4MoE) -> None:
+    write_checkpoint(tmp_path, expert_tensors(moe, PREFIX), shards=2)
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+    with pytest.raises(CheckpointError, match=r"index\.json: has no weight_map"):
+        Checkpoint(tmp_path)

@@ -106,8 +106,8 @@ def test_moe_on_cuda_equals_cpu(mode: str | None, tokens: int) -> None:
     inputs = make_inputs(tokens)
     expected = moe(*inputs)
     actual = moe.cuda()(*(x.cuda() for x in inputs)).cpu()
-    # float64 on both: they differ where sums land within an ulp of float64 from a bf16 tie.
-    assert (actual != expected).sum() <= 1e-3 * actual.numel()
+    # fp32 sums against float64 ones: a bf16 tie now and then falls the other way.
+    assert (actual != expected).sum() <= 0.05 * actual.numel()
     torch.testing.assert_close(actual, expected, rtol=2**-7, atol=2**-7)
 
 
@@ -150,12 +150,32 @@ def test_moe_compiled_on_cuda_equals_eager(mode: str | None) -> None:
         assert torch.equal(compiled(x), moe(x))
 
 
-def test_grouped_mm_on_cuda_says_that_it_is_the_reference() -> None:
+def test_grouped_mm_on_cuda_says_when_it_is_the_reference() -> None:
     from nvfp4_ops.ops import grouped_mm
 
     grouped_mm._warn_of_reference.cache_clear()
     moe = make_moe().cuda()
-    inputs = [x.cuda() for x in make_inputs(3)]
-    with pytest.warns(UserWarning, match="runs the PyTorch reference"):
+    # No kernel takes fp16 rows.
+    inputs = [x.cuda() for x in make_inputs(3, dtype=torch.float16)]
+    with pytest.warns(UserWarning, match="runs the PyTorch reference, .*: "):
         moe(*inputs)
-    assert set(nvfp4_ops.backend_info()["grouped_scaled_mm"].values()) == {"PyTorch reference"}
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_moe_prepacks_on_hopper_and_back(mode: str | None) -> None:
+    moe = make_moe(mode, bias=True)
+    before = {name: tensor.clone() for name, tensor in moe.state_dict().items()}
+    moe.cuda()
+    if nvfp4_ops.kernels.why_no_grouped_mm(moe.down_proj.weight.device, EXPERTS) is None:
+        assert moe.down_proj.prepacked
+        assert moe.down_proj.weight_scale is None
+    for name, tensor in moe.state_dict().items():
+        assert torch.equal(bytes_of(tensor), bytes_of(before[name])), name
+    other = make_moe(mode, bias=True).cuda()
+    other.load_state_dict(moe.state_dict())
+    inputs = [x.cuda() for x in make_inputs(9)]
+    assert torch.equal(other(*inputs), moe(*inputs))
+    moe.cpu()
+    assert not moe.down_proj.prepacked
+    for name, tensor in moe.state_dict().items():
+        assert torch.equal(bytes_of(tensor), bytes_of(before[name])), name

@@ -63,7 +63,7 @@ def decoded(moe: NVFP4MoE, name: str) -> Tensor:
     """(E, N, K) float64 weights; gate and up with their own global scale."""
     projection = moe.projections()[name]
     one = torch.ones(())
-    values = nvfp4_ops.dequantize_nvfp4(projection.weight, projection.weight_scale, one).double()
+    values = nvfp4_ops.dequantize_nvfp4(*projection.canonical(), one).double()
     scales = projection.weight_scale_2.view(moe.num_experts, -1, 1, 1).double()
     return (values.unflatten(1, (scales.shape[1], -1)) * scales).flatten(1, 2)
 
@@ -444,3 +444,113 @@ def test_moe_from_float_under_meta_default_device() -> None:
     moe.load_state_dict(expected.state_dict())
     inputs = make_inputs(7)
     assert torch.equal(moe(*inputs), expected(*inputs))
+
+
+def test_moe_static_takes_the_largest_scale_of_all_experts() -> None:
+    """Unequal input scales, as checkpoints have them: the oracle takes gate_up's maximum."""
+    moe = make_moe()
+    generator = torch.Generator().manual_seed(11)
+    moe.first_proj.set_input_scale(torch.rand(EXPERTS, 2, generator=generator) * 1e-2 + 1e-4)
+    moe.down_proj.set_input_scale(torch.rand(EXPERTS, generator=generator) * 1e-2 + 1e-4)
+    moe.activation_scale = "static"
+    x, index, weights = make_inputs(23)
+    expected = oracle(moe, x, index, weights, {})
+    torch.testing.assert_close(moe(x, index, weights).double(), expected, rtol=2**-8, atol=2**-9)
+
+
+def test_moe_from_parameters_keeps_no_graph() -> None:
+    """The weights of a model that is not frozen: copies, nothing that remembers them."""
+    gate_up = nn.Parameter(torch.randn(EXPERTS, 2 * INTERMEDIATE, HIDDEN))
+    down = nn.Parameter(torch.randn(EXPERTS, HIDDEN, INTERMEDIATE))
+    biases = {
+        "gate_up_bias": nn.Parameter(torch.randn(EXPERTS, 2 * INTERMEDIATE)),
+        "down_bias": nn.Parameter(torch.randn(EXPERTS, HIDDEN)),
+    }
+    moe = NVFP4MoE.from_float(gate_up, down, **biases)
+    x, index, weights = make_inputs(6, dtype=torch.float32)
+    with nvfp4_ops.calibrate(moe):
+        moe(x.clone().requires_grad_(), index, weights)
+    moe.activation_scale = "static"
+    assert not any(buffer.requires_grad for buffer in moe.buffers())
+    assert torch.equal(copy.deepcopy(moe)(x, index, weights), moe(x, index, weights))
+
+
+def test_moe_callable_that_moves_zero_leaves_other_ranks_rows_out() -> None:
+    """cos(0) = 1 in the rows of dropped slots must not reach the batch's amax."""
+    moe = make_moe("per_tensor", gated=False, activation=lambda h: 1e-3 * torch.cos(h))
+    x, index, weights = make_inputs(8)
+    alone = moe(x[:4], index[:4], weights[:4])
+    index[4:] = EXPERTS
+    x[4:] = 0
+    assert torch.equal(moe(x, index, weights)[:4], alone)
+
+
+def test_moe_module_activation_is_registered_once() -> None:
+    moe = NVFP4MoE(32, 16, 2, gated=False, activation=nn.PReLU())
+    assert [name for name in moe.state_dict() if "activation" in name] == ["activation.weight"]
+
+
+def test_moe_moves_what_is_attached_to_a_projection() -> None:
+    moe = make_moe()
+    moe.down_proj.adapter = nn.Linear(4, 4)
+    moe.to(torch.bfloat16)
+    assert moe.down_proj.adapter.weight.dtype == torch.bfloat16
+
+
+def test_moe_with_sigmoid_router_goes_through_meta() -> None:
+    source = make_moe(router=nvfp4_ops.SigmoidRouter(HIDDEN, EXPERTS, TOP_K))
+    with torch.device("meta"):
+        router = nvfp4_ops.SigmoidRouter(HIDDEN, EXPERTS, TOP_K)
+        empty = NVFP4MoE(HIDDEN, INTERMEDIATE, EXPERTS, router=router)
+    loaded = empty.to_empty(device="cpu")
+    loaded.load_state_dict(source.state_dict())
+    x = make_inputs(5)[0]
+    assert torch.equal(loaded(x), source(x))
+
+
+def test_projection_refuses_bad_input_scales() -> None:
+    projection = make_moe().down_proj
+    with pytest.raises(ValueError, match=r"input_scale: must be \(8,\), got \(3,\)"):
+        projection.set_input_scale(torch.ones(3))
+    scale = torch.ones(EXPERTS)
+    scale[2] = 0
+    with pytest.raises(ValueError, match=r"must be positive and finite, got 0.0 at \[2\]"):
+        projection.set_input_scale(scale)
+    assert projection.input_scale is None
+
+
+@pytest.mark.parametrize("name", ["down_proj.input_scale", "gate_up_proj.weight_scale_2"])
+def test_moe_load_refuses_bad_scales_and_keeps_its_own(name: str) -> None:
+    state = make_moe("static").state_dict()
+    state[name].view(-1)[1] = torch.nan
+    moe = make_moe()
+    before = {k: t.clone() for k, t in moe.state_dict().items()}
+    with pytest.raises(RuntimeError, match=f"{name}: must be positive and finite, got nan"):
+        moe.load_state_dict(state)
+    part = name.split(".")[0]
+    for key, tensor in moe.state_dict().items():
+        if key.startswith(part):
+            assert torch.equal(tensor.view(torch.uint8), before[key].view(torch.uint8)), key
+
+
+def test_moe_from_float_rejects_more() -> None:
+    gate_up, down = torch.randn(4, 64, 32), torch.randn(4, 32, 32)
+    with pytest.raises(ValueError, match="gate_up_proj: must have 2F rows, got 63"):
+        NVFP4MoE.from_float(gate_up[:, :63], down)
+    with pytest.raises(ValueError, match=r"gate_up_proj: must be \(E, 2F, D\)"):
+        NVFP4MoE.from_float(gate_up[0], down)
+    with pytest.raises(ValueError, match='"static" needs input scales; build the module'):
+        NVFP4MoE.from_float(gate_up, down, activation_scale="static")
+    with pytest.raises(ValueError, match=r"gate_up_bias: must be \(E, N\) .*, got shape \(64,\)"):
+        NVFP4MoE.from_float(gate_up, down, gate_up_bias=torch.ones(64), down_bias=torch.ones(32))
+    with pytest.raises(ValueError, match="activation: must be a callable or one of"):
+        NVFP4MoE(32, 16, 2, activation=["silu"])  # type: ignore[arg-type]
+
+
+def test_moe_rejects_scalar_and_empty_routing() -> None:
+    moe = make_moe()
+    x, index, weights = make_inputs(6)
+    with pytest.raises(ValueError, match="hidden_states: last dimension must be 64"):
+        moe(torch.ones(()), index, weights)
+    with pytest.raises(ValueError, match=r"top_k_index: must be \(..., top_k\), top_k > 0"):
+        moe(x, index[:, :0], weights[:, :0])

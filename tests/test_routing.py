@@ -709,3 +709,18 @@ def test_router_rejects_top_k(
 ) -> None:
     with pytest.raises(ValueError, match=f"top_k: must be between 1 and 8, got {top_k}"):
         router_class(64, 8, top_k)
+
+
+def test_permute_and_combine_refuse_indices_that_are_not_there() -> None:
+    x, rows = torch.ones(3, 4), torch.ones(5, 4)
+    for bad in (-2, 3):
+        with pytest.raises(ValueError, match=f"token_of_row: must be -1 or .* 3 tokens, got {bad}"):
+            permute(x, torch.tensor([0, bad], dtype=torch.int32))
+    for bad in (-2, 5):
+        with pytest.raises(ValueError, match=f"row_of_slot: must be -1 or .* 5 rows, got {bad}"):
+            combine(rows, torch.tensor([[0, bad]], dtype=torch.int32), torch.ones(1, 2))
+
+
+def test_sigmoid_router_checks_its_groups_at_once() -> None:
+    with pytest.raises(ValueError, match="num_groups: must divide E = 8, got 3"):
+        SigmoidRouter(16, 8, 2, num_groups=3)

@@ -2,6 +2,7 @@
 
 from nvfp4_ops.ops.dequantize import dequantize_nvfp4
 from nvfp4_ops.ops.grouped_mm import grouped_scaled_mm
+from nvfp4_ops.ops.prepack import prepack_weight
 from nvfp4_ops.ops.quantize import global_scale, quantize_nvfp4
 from nvfp4_ops.ops.swizzle import swizzle_sf, unswizzle_sf
 
@@ -9,6 +10,7 @@ __all__ = [
     "dequantize_nvfp4",
     "global_scale",
     "grouped_scaled_mm",
+    "prepack_weight",
     "quantize_nvfp4",
     "swizzle_sf",
     "unswizzle_sf",

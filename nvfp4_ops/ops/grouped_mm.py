@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nvfp4_ops import activation as activations
 from nvfp4_ops import format as nvfp4
-from nvfp4_ops import reference
+from nvfp4_ops import kernels, reference
 from nvfp4_ops.activation import Activation
 from nvfp4_ops.ops.quantize import FLOAT_DTYPES
 from nvfp4_ops.registry import (
@@ -29,7 +30,7 @@ class _Arguments(NamedTuple):
     a: Tensor
     b: Tensor
     sf_a: Tensor | None
-    sf_b: Tensor
+    sf_b: Tensor | None
     alpha: Tensor
     offs: Tensor
     row_scale: Tensor | None = None
@@ -37,34 +38,68 @@ class _Arguments(NamedTuple):
     activation: str = "none"
     limit: float | None = None
     out_dtype: torch.dtype = torch.bfloat16
+    num_columns: int | None = None
+
+    @property
+    def n(self) -> int:
+        return self.b.shape[1] if self.num_columns is None else self.num_columns
 
 
-def _check_operands(
-    a: Tensor, b: Tensor, sf_a: Tensor | None, sf_b: Tensor, offs: Tensor
-) -> tuple[int, int]:
-    """Codes and block scales; returns E and N."""
-    check_rank("b", b, 3, "(E, N, K/2) codes")
-    check_dtype("b", b, torch.uint8)
+def _check_canonical(b: Tensor, sf_b: Tensor | None) -> int:
+    """Canonical weights; returns K."""
     num_experts, n, packed_k = b.shape
     check_multiple("b", "K/2", packed_k, nvfp4.packed_size(nvfp4.BLOCK_SIZE))
     k = packed_k * nvfp4.CODES_PER_BYTE
+    if sf_b is None:
+        raise ValueError("sf_b: must be given with canonical b (E, N, K/2)")
     linear_b = (num_experts, n, nvfp4.num_blocks(k))
     check_dtype("sf_b", sf_b, torch.float8_e4m3fn)
     if sf_b.ndim == 4:
         check_shape("sf_b", sf_b, nvfp4.swizzled_shape(linear_b), "the swizzled scales of b")
     else:
         check_shape("sf_b", sf_b, linear_b, "the linear scales (E, N, K/16)")
+    return k
+
+
+def _check_prepacked(arguments: _Arguments) -> int:
+    """Prepacked weights; returns K."""
+    a, b, n = arguments.a, arguments.b, arguments.num_columns
+    if arguments.sf_b is not None:
+        raise ValueError("sf_b: must be None with prepacked b, which holds its scales")
+    if n is None:
+        raise ValueError("num_columns: must be given with prepacked b, which is padded")
+    check_multiple("num_columns", "N", n, nvfp4.BLOCK_SIZE)
+    k = a.shape[1] * (1 if arguments.sf_a is None else nvfp4.CODES_PER_BYTE)
+    check_multiple("a", "K", k, nvfp4.BLOCK_SIZE)
+    shape = kernels.prepacked_shape(b.shape[0], n, k)
+    check_shape("b", b, shape, f"weights prepacked from N = {n} and the K = {k} of a")
+    return k
+
+
+def _check_operands(arguments: _Arguments) -> None:
+    """Codes and block scales."""
+    a, b, sf_a, sf_b, _, offs = arguments[:6]
+    check_dtype("b", b, torch.uint8)
+    if b.ndim == 4:
+        k = _check_prepacked(arguments)
+    else:
+        check_rank("b", b, 3, "(E, N, K/2) codes")
+        if arguments.num_columns is not None:
+            raise ValueError("num_columns: goes with prepacked b only")
+        k = _check_canonical(b, sf_b)
+    num_experts, packed_k = b.shape[0], nvfp4.packed_size(k)
     check_shape("offs", offs, (num_experts,), "the (E,) end row of each expert")
     if sf_a is None:
         check_dtype("a without sf_a", a, *FLOAT_DTYPES)
         check_shape("a", a, (a.shape[0], k), "(R, K)")
-        return num_experts, n
+        return
     check_dtype("a with sf_a", a, torch.uint8)
     check_shape("a", a, (a.shape[0], packed_k), "(R, K/2) codes")
     check_dtype("sf_a", sf_a, torch.float8_e4m3fn)
     linear_a = (a.shape[0], nvfp4.num_blocks(k))
-    if sf_a.ndim != (4 if sf_b.ndim == 4 else 2):
-        wanted = "swizzled (rank 4)" if sf_b.ndim == 4 else "linear (R, K/16)"
+    swizzle = sf_b is not None and sf_b.ndim == 4
+    if sf_a.ndim != (4 if swizzle else 2):
+        wanted = "swizzled (rank 4)" if swizzle else "linear (R, K/16)"
         raise ValueError(
             f"sf_a: must be {wanted} because sf_b is, got {shape_text(sf_a)}; swizzle_sf and "
             "unswizzle_sf convert"
@@ -74,13 +109,13 @@ def _check_operands(
         check_shape("sf_a", sf_a, swizzled, "the scales of a, swizzled with offs")
     else:
         check_shape("sf_a", sf_a, linear_a, "the linear scales (R, K/16)")
-    return num_experts, n
 
 
 def _check(arguments: _Arguments, act: Activation) -> None:
-    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype = arguments
+    a, b, _, _, alpha, offs, row_scale, bias, _, _, out_dtype, _ = arguments
     check_rank("a", a, 2, "(R, K) or (R, K/2) codes")
-    num_experts, n = _check_operands(a, b, sf_a, sf_b, offs)
+    _check_operands(arguments)
+    num_experts, n = b.shape[0], arguments.n
     check_offs(offs, a.shape[0])
     check_dtype("alpha", alpha, torch.float32)
     if alpha.ndim == 2:
@@ -104,25 +139,23 @@ def _check(arguments: _Arguments, act: Activation) -> None:
             check_same_device(name, value, a.device)
 
 
-def _shape(a: Tensor, b: Tensor, act: Activation) -> tuple[int, int]:
-    n = b.shape[1]
-    return (a.shape[0], n // 2 if act.gated else n)
+def _shape(arguments: _Arguments, act: Activation) -> tuple[int, int]:
+    return (arguments.a.shape[0], arguments.n // 2 if act.gated else arguments.n)
 
 
 def _fake(*args: Any) -> Tensor:
     arguments = _Arguments(*args)
     act = Activation(arguments.activation, arguments.limit)
     _check(arguments, act)
-    shape = _shape(arguments.a, arguments.b, act)
-    return arguments.a.new_empty(shape, dtype=arguments.out_dtype)
+    return arguments.a.new_empty(_shape(arguments, act), dtype=arguments.out_dtype)
 
 
 @cache
-def _warn_of_reference(device_name: str) -> None:
-    """Once a device: what is slow must not look like what was promised."""
+def _warn_of_reference(reason: str) -> None:
+    """Once a reason: what is slow must not look like what was promised."""
     warnings.warn(
-        f"grouped_scaled_mm has no kernel for {device_name} yet and runs the PyTorch reference, "
-        "which multiplies every row with every expert",
+        f"grouped_scaled_mm runs the PyTorch reference, which multiplies every row with every "
+        f"expert: {reason}",
         stacklevel=2,
     )
 
@@ -131,9 +164,16 @@ def _kernel(*args: Any) -> Tensor:
     arguments = _Arguments(*args)
     act = Activation(arguments.activation, arguments.limit)
     _check(arguments, act)
-    if arguments.a.is_cuda:
-        _warn_of_reference(torch.cuda.get_device_name(arguments.a.device))
-    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype = arguments
+    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, _ = arguments
+    if a.is_cuda:
+        dtype = a.dtype if sf_a is None else torch.bfloat16
+        reason = kernels.why_no_grouped_mm(a.device, b.shape[0], dtype, out_dtype)
+        if reason is None:
+            return _run_kernel(arguments, act)
+        _warn_of_reference(reason)
+    if sf_b is None:
+        k = a.shape[1] * (1 if sf_a is None else nvfp4.CODES_PER_BYTE)
+        b, sf_b = kernels.unpack(b, arguments.n, k)
     return reference.grouped_scaled_mm(
         a,
         b,
@@ -148,10 +188,39 @@ def _kernel(*args: Any) -> Tensor:
     )
 
 
+def _run_kernel(arguments: _Arguments, act: Activation) -> Tensor:
+    """The GPU's kernel, after what it does not do itself."""
+    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, _ = arguments
+    n = arguments.n
+    if sf_a is not None:
+        # Every e2m1 * e4m3 product is exact in bf16.
+        k = a.shape[1] * nvfp4.CODES_PER_BYTE
+        if sf_a.ndim == 4:
+            sf_a = reference.unswizzle_sf(sf_a, (a.shape[0], nvfp4.num_blocks(k)), offs)
+        a = reference.decode_blocks(a, sf_a, torch.bfloat16)
+    if sf_b is not None:
+        if sf_b.ndim == 4:
+            blocks = nvfp4.num_blocks(b.shape[2] * nvfp4.CODES_PER_BYTE)
+            sf_b = reference.unswizzle_sf(sf_b, (b.shape[0], n, blocks))
+        b = kernels.prepack(b, sf_b)
+    out = a.new_empty((a.shape[0], n), dtype=out_dtype if act.name == "none" else torch.float32)
+    kernels.grouped_mm(
+        a.contiguous(),
+        b,
+        offs,
+        alpha.contiguous(),
+        out,
+        row_scale=None if row_scale is None else row_scale.reshape(-1),
+        bias=None if bias is None else bias.float().contiguous(),
+    )
+    # The activation sees the unrounded sums, as the contract says.
+    return out if act.name == "none" else activations.apply(act, out).to(out_dtype)
+
+
 _op = register(
-    "grouped_scaled_mm(Tensor a, Tensor b, Tensor? sf_a, Tensor sf_b, Tensor alpha, Tensor offs,"
+    "grouped_scaled_mm(Tensor a, Tensor b, Tensor? sf_a, Tensor? sf_b, Tensor alpha, Tensor offs,"
     ' Tensor? row_scale=None, Tensor? bias=None, str activation="none", float? limit=None,'
-    " ScalarType out_dtype=bfloat16) -> Tensor",
+    " ScalarType out_dtype=bfloat16, SymInt? num_columns=None) -> Tensor",
     fake=_fake,
     kernel=_kernel,
 )
@@ -161,7 +230,7 @@ def grouped_scaled_mm(  # noqa: PLR0913 - the equation has this many terms
     a: Tensor,
     b: Tensor,
     sf_a: Tensor | None,
-    sf_b: Tensor,
+    sf_b: Tensor | None,
     alpha: Tensor,
     offs: Tensor,
     *,
@@ -169,6 +238,7 @@ def grouped_scaled_mm(  # noqa: PLR0913 - the equation has this many terms
     bias: Tensor | None = None,
     activation: Activation | str | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    num_columns: int | None = None,
 ) -> Tensor:
     """Multiply ragged rows with the NVFP4 weight of their expert (2D x 3D).
 
@@ -186,15 +256,17 @@ def grouped_scaled_mm(  # noqa: PLR0913 - the equation has this many terms
     Args:
         a: (R, K / 2) uint8 codes, or (R, K) bf16, fp16 or fp32 with ``sf_a`` None.
         b: (E, N, K / 2) uint8 codes; K a multiple of 16. For a gated activation the gate's N/2
-            rows come first, then the up projection's.
+            rows come first, then the up projection's. Or prepacked (rank 4, ``prepack_weight``):
+            on Hopper anything else is packed anew by every call, which is slow.
         sf_a: float8_e4m3fn (R, K / 16), or swizzled with ``offs`` where ``sf_b`` is swizzled.
-        sf_b: float8_e4m3fn (E, N, K / 16), or swizzled (rank 4).
+        sf_b: float8_e4m3fn (E, N, K / 16), or swizzled (rank 4); None with prepacked ``b``.
         alpha: fp32 (E,), or (E, 2): one for the first N/2 columns, one for the rest.
         offs: (E,) int32 end row of each expert, non-decreasing, at most R.
         row_scale: fp32 (R,) or (R, 1): per-token global scale of ``a``.
         bias: (E, N) bf16, fp16 or fp32.
         activation: a fused activation or its name (see ``nvfp4_ops.Activation``), or None.
         out_dtype: bf16, fp16 or fp32.
+        num_columns: N, with prepacked ``b`` only, which is padded.
 
     Returns:
         (R, N), or (R, N / 2) with a gated activation, of ``out_dtype``.
@@ -205,4 +277,6 @@ def grouped_scaled_mm(  # noqa: PLR0913 - the equation has this many terms
             swizzled or the other way round, or (on the CPU) offs is not non-decreasing.
     """
     act = Activation(activation or "none") if not isinstance(activation, Activation) else activation
-    return _op(a, b, sf_a, sf_b, alpha, offs, row_scale, bias, act.name, act.limit, out_dtype)
+    return _op(
+        a, b, sf_a, sf_b, alpha, offs, row_scale, bias, act.name, act.limit, out_dtype, num_columns
+    )

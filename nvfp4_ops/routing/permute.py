@@ -97,6 +97,17 @@ def _check_permute(x: Tensor, token_of_row: Tensor) -> None:
     check_same_device("token_of_row", token_of_row, x.device)
 
 
+def _check_indices(name: str, index: Tensor, size: int, of_what: str) -> None:
+    """On the CPU, where reading costs nothing: -1 or 0 to size - 1."""
+    if index.device.type != "cpu" or index.numel() == 0:
+        return
+    low, high = int(index.min()), int(index.max())
+    if low < -1 or high >= size:
+        raise ValueError(
+            f"{name}: must be -1 or one of the {size} {of_what}, got {low if low < -1 else high}"
+        )
+
+
 def _permute_fake(x: Tensor, token_of_row: Tensor) -> Tensor:
     _check_permute(x, token_of_row)
     return x.new_empty((token_of_row.shape[0], *x.shape[1:]))
@@ -104,6 +115,7 @@ def _permute_fake(x: Tensor, token_of_row: Tensor) -> Tensor:
 
 def _permute_kernel(x: Tensor, token_of_row: Tensor) -> Tensor:
     _check_permute(x, token_of_row)
+    _check_indices("token_of_row", token_of_row, x.shape[0], "tokens")
     # float8 has no indexing of its own on every device; the bytes do.
     rows = x.view(torch.uint8) if x.dtype.itemsize == 1 else x
     padded = torch.cat([rows, rows.new_zeros((1, *rows.shape[1:]))])
@@ -127,7 +139,8 @@ def permute(x: Tensor, token_of_row: Tensor) -> Tensor:
         (R, ...) of the dtype of x.
 
     Raises:
-        TypeError: token_of_row is not int32. ValueError: it is not a vector.
+        TypeError: token_of_row is not int32.
+        ValueError: it is not a vector, or (on the CPU) names a token that is not there.
     """
     return _permute(x, token_of_row)
 
@@ -150,6 +163,7 @@ def _combine_fake(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor) -> T
 
 def _combine_kernel(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor) -> Tensor:
     _check_combine(rows, row_of_slot, top_k_weights)
+    _check_indices("row_of_slot", row_of_slot, rows.shape[0], "rows")
     tokens, top_k = row_of_slot.shape
     padded = torch.cat([rows, rows.new_zeros((1, rows.shape[1]))])
     total = torch.zeros(tokens, rows.shape[1], dtype=torch.float32, device=rows.device)
@@ -183,6 +197,7 @@ def combine(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor) -> Tensor:
         (T, H) of the dtype of rows.
 
     Raises:
-        TypeError: another dtype. ValueError: another shape.
+        TypeError: another dtype.
+        ValueError: another shape, or (on the CPU) row_of_slot names a row that is not there.
     """
     return _combine(rows, row_of_slot, top_k_weights)

@@ -6,7 +6,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from nvfp4_ops.routing.topk import router_logits, sigmoid_top_k, softmax_top_k
+from nvfp4_ops.routing.topk import check_groups, router_logits, sigmoid_top_k, softmax_top_k
 
 
 class _Router(nn.Module):
@@ -64,14 +64,17 @@ class SigmoidRouter(_Router):
         scaling_factor: float = 1.0,
     ) -> None:
         super().__init__(hidden_size, num_experts, top_k)
+        check_groups(num_experts, top_k, num_groups, top_groups)
         self.num_groups, self.top_groups = num_groups, top_groups
         self.renormalize, self.scaling_factor = renormalize, scaling_factor
         self.register_buffer("e_score_correction_bias", torch.zeros(num_experts))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         bias = self.e_score_correction_bias
+        moved = fn(bias)
         super()._apply(fn, recurse)
-        self.e_score_correction_bias = bias.to(self.e_score_correction_bias.device)
+        same_dtype = moved.dtype == bias.dtype
+        self.e_score_correction_bias = moved if same_dtype else bias.to(moved.device)
         return self
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:

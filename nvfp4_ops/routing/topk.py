@@ -135,6 +135,11 @@ def _check_sigmoid(
         check_dtype("correction_bias", correction_bias, torch.float32, torch.bfloat16)
         check_shape("correction_bias", correction_bias, (num_experts,), "(E,)")
         check_same_device("correction_bias", correction_bias, logits.device)
+    check_groups(num_experts, top_k, num_groups, top_groups)
+
+
+def check_groups(num_experts: int, top_k: int, num_groups: int, top_groups: int) -> None:
+    """Raise ValueError unless ``top_k`` experts can come from ``top_groups`` of the groups."""
     if num_groups < 1 or num_experts % num_groups:
         raise ValueError(f"num_groups: must divide E = {num_experts}, got {num_groups}")
     if not 1 <= top_groups <= num_groups:

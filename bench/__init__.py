@@ -1,0 +1,1 @@
+"""Benchmarks: correctness first, ceilings measured in the same run, results under bench/results."""

@@ -1,0 +1,133 @@
+"""The grouped mm alone: prepacked NVFP4 weights times bf16 rows, against the GPU's ceilings.
+
+    python -m bench.grouped_mm [--out DIR]
+
+Every case is checked against float64 on decoded weights before it is timed. Three weight sets are
+rotated, past the L2 cache; the time is that of the op in a CUDA graph.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import nvfp4_ops
+from bench.timing import Ceilings, graph_time_us, measure_ceilings
+
+NUM_EXPERTS = 64
+SHAPES = ((2048, 2048), (2048, 1024))
+ROWS_PER_EXPERT = (1, 4, 8, 16, 32, 64, 128, 256, 512)
+WEIGHT_SETS = 3
+BITS_PER_WEIGHT = 4.5
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case; the floor is the longer of reading the bytes and doing the arithmetic."""
+
+    n: int
+    k: int
+    rows_per_expert: int
+    time_us: float
+    tb_per_s: float
+    tflop_per_s: float
+    times_floor: float
+    times_bf16: float
+
+
+def random_weights(n: int, k: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Codes uniform, scales 16 .. 448."""
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    shape = (NUM_EXPERTS, n, k // 2)
+    codes = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda", generator=generator)
+    shape = (NUM_EXPERTS, n, k // 16)
+    sf = torch.randint(0x58, 0x7F, shape, dtype=torch.uint8, device="cuda", generator=generator)
+    return codes, sf.view(torch.float8_e4m3fn)
+
+
+def check(out: Tensor, x: Tensor, codes: Tensor, sf: Tensor, alpha: Tensor, rows: int) -> None:
+    """Each expert against float64; raises on a wrong result, which must not be timed."""
+    for expert in range(NUM_EXPERTS):
+        span = slice(expert * rows, (expert + 1) * rows)
+        w = nvfp4_ops.dequantize_nvfp4(codes[expert], sf[expert], alpha[expert])
+        expected = x[span].double() @ w.double().T
+        error = (out[span].double() - expected).norm() / expected.norm()
+        if not error < 3e-3:
+            raise AssertionError(f"expert {expert}: relative error {error:.2e}")
+
+
+def run_case(n: int, k: int, rows: int, sets: list[Tensor], raw: tuple[Tensor, Tensor],
+             bf16: list[Tensor], ceilings: Ceilings) -> Result:  # fmt: skip
+    num_rows = NUM_EXPERTS * rows
+    x = torch.randn(num_rows, k, device="cuda").bfloat16()
+    offs = (torch.arange(NUM_EXPERTS, device="cuda") + 1).int() * rows
+    alpha = torch.rand(NUM_EXPERTS, device="cuda") * 1e-3 + 1e-4
+
+    def call(packed: Tensor) -> Tensor:
+        return nvfp4_ops.grouped_scaled_mm(x, packed, None, None, alpha, offs, num_columns=n)
+
+    check(call(sets[0]), x, *raw, alpha, rows)
+    time_us = graph_time_us([lambda packed=packed: call(packed) for packed in sets])
+    bf16_us = graph_time_us([lambda w=w: torch._grouped_mm(x, w, offs=offs) for w in bf16])
+    weight_bytes = NUM_EXPERTS * n * k * BITS_PER_WEIGHT / 8
+    num_bytes = weight_bytes + 2 * num_rows * (n + k)
+    flop = 2.0 * num_rows * n * k
+    floor_us = max(
+        weight_bytes / ceilings.copy_tb_per_s / 1e6, flop / ceilings.matmul_tflop_per_s / 1e6
+    )
+    return Result(
+        n=n,
+        k=k,
+        rows_per_expert=rows,
+        time_us=round(time_us, 2),
+        tb_per_s=round(num_bytes / time_us / 1e6, 3),
+        tflop_per_s=round(flop / time_us / 1e6, 1),
+        times_floor=round(time_us / floor_us, 3),
+        times_bf16=round(bf16_us / time_us, 2),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    out = parser.parse_args().out
+    ceilings = measure_ceilings()
+    header = {
+        "command": "python -m bench.grouped_mm",
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "nvfp4_ops": nvfp4_ops.__version__,
+        "ceilings": {name: round(value, 2) for name, value in asdict(ceilings).items()},
+        "num_experts": NUM_EXPERTS,
+    }
+    lines = [f"{name}: {value}" for name, value in header.items()]
+    lines.append("shape | rows per expert | us | TB/s | TFLOP/s | x floor | x faster than bf16")
+    print("\n".join(lines), flush=True)
+    results = []
+    for n, k in SHAPES:
+        raw = random_weights(n, k, 0)
+        sets = [nvfp4_ops.prepack_weight(*random_weights(n, k, s)) for s in range(WEIGHT_SETS)]
+        bf16 = [
+            torch.randn(NUM_EXPERTS, n, k, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+            for _ in range(2)
+        ]
+        for rows in ROWS_PER_EXPERT:
+            result = run_case(n, k, rows, sets, raw, bf16, ceilings)
+            results.append(result)
+            lines.append(
+                f"{n}x{k} | {rows} | {result.time_us} | {result.tb_per_s} | {result.tflop_per_s} "
+                f"| {result.times_floor} | {result.times_bf16}"
+            )
+            print(lines[-1], flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    document = header | {"results": [asdict(result) for result in results]}
+    (out / "grouped_mm.json").write_text(json.dumps(document, indent=1) + "\n")
+    (out / "grouped_mm.txt").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

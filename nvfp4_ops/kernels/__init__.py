@@ -1,0 +1,99 @@
+"""GPU kernels in CuTe DSL: the only folder that imports cutlass, when a kernel is asked for.
+
+The architecture is chosen here, once; a file's suffix says which one it is for.
+"""
+
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from nvfp4_ops.kernels import compile_cache, prepack_sm90
+from nvfp4_ops.kernels.prepack_sm90 import prepack, prepacked_shape, unpack
+
+__all__ = ["grouped_mm", "prepack", "prepacked_shape", "unpack", "why_no_grouped_mm"]
+
+MAX_EXPERTS = 1024
+
+
+@cache
+def _why_no_kernels(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability != (9, 0):
+        name = torch.cuda.get_device_name(device)
+        return f"no kernel for {name} (sm_{capability[0]}{capability[1]}) yet, only for sm_90"
+    if find_spec("cutlass") is None:
+        return "nvidia-cutlass-dsl is not installed"
+    if find_spec("tvm_ffi") is None:
+        return "apache-tvm-ffi is not installed"
+    return None
+
+
+@cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def why_no_grouped_mm(
+    device: torch.device,
+    num_experts: int,
+    dtype: torch.dtype = torch.bfloat16,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> str | None:
+    """Why the grouped mm kernel can not serve these arguments, or None where it can."""
+    reason = _why_no_kernels(device)
+    if reason is not None:
+        return reason
+    if num_experts > MAX_EXPERTS:
+        return f"the kernel takes at most {MAX_EXPERTS} experts, got {num_experts}"
+    if dtype != torch.bfloat16:
+        return f"the kernel takes bfloat16 or NVFP4 activations, got {dtype}"
+    if out_dtype == torch.float16:
+        return "the kernel writes bfloat16 or float32"
+    return None
+
+
+def grouped_mm(
+    x: Tensor,
+    weight: Tensor,
+    offs: Tensor,
+    alpha: Tensor,
+    out: Tensor,
+    *,
+    row_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    """out[r, n] = alpha[e, segment(n)] * row_scale[r] * sum_k x[r, k] W[e, n, k] + bias[e, n].
+
+    x: (R, K) bf16, contiguous. weight: prepacked. offs: (E,) int32. alpha: fp32 (E,) or (E, 2).
+    out: (R, N) bf16 or fp32, contiguous, written whole. row_scale: (R,) fp32. bias: (E, N) fp32.
+    """
+    from nvfp4_ops.kernels import grouped_mm_sm90
+
+    if x.shape[0] == 0:
+        return
+    config = grouped_mm_sm90.choose_config(
+        x.shape[0],
+        weight.shape[0],
+        out_fp32=out.dtype == torch.float32,
+        row_scale=row_scale is not None,
+        bias=bias is not None,
+    )
+    compiled = compile_cache.get(
+        "grouped_mm", config, "sm_90a", lambda: grouped_mm_sm90.build(config)
+    )
+    two_segments = alpha.ndim == 2
+    unused = alpha.view(-1)
+    compiled(
+        weight,
+        x,
+        offs,
+        alpha.view(-1),
+        unused if row_scale is None else row_scale,
+        unused if bias is None else bias.view(-1),
+        out,
+        alpha.shape[1] if two_segments else 1,
+        out.shape[1] // 2 if two_segments else prepack_sm90.ROW_PADDING * weight.shape[1],
+        _num_multiprocessors(x.device) * config.blocks_per_sm,
+    )

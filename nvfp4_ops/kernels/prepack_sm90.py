@@ -1,0 +1,159 @@
+"""The weight layout of the Hopper grouped mm: 4.5 bits a weight, ready for registers.
+
+A block is 64 rows x 128 columns in 4608 contiguous bytes: one bulk copy brings it, one
+conflict-free 16-byte load a thread fetches the codes of 64 x 64, and four integer operations turn a
+word of eight codes into bf16 operands of wgmma. Prepacked weights are (E, N'/64, K'/128, 4608)
+uint8 with N' and K' padded to multiples of 128.
+
+Codes: byte (sub * 128 + warp * 32 + lane) * 16 holds, for lane = 4 g + q, the words j = 0..3 of
+rows warp * 16 + {g, g + 8} and columns sub * 64 + j * 16 + {0, 8} + 2 q + {0, 1}. Bits inside a
+word are placed so that ``w & M``, ``(w << 6) & M``, ``rotl(w, 28) & M`` and a shift-and-merge are
+e2m1 values in bf16 position, times 2^-126 (M = 0x81C081C0).
+
+Scales follow the codes: byte 4096 + (warp * 8 + g) * 16 holds, for the four 32-column groups, the
+scales of rows g and g + 8 and of both blocks of the group. Each e4m3 scale is a byte B (five
+exponent bits, three mantissa bits) with bf16 bits (B << 4) | 0x7000 = scale * 2^119. Zero is B = 0
+with all codes of the block zero, NaN is B = 0xFF, and a negative scale gives its sign to the codes.
+Unpacking therefore recovers every value, and every byte of weights without zero or negative scales.
+"""
+
+import torch
+from torch import Tensor
+
+from nvfp4_ops import format as nvfp4
+
+BLOCK_ROWS, BLOCK_COLUMNS = 64, 128
+CODE_BYTES, SCALE_BYTES = 4096, 512
+BLOCK_BYTES = CODE_BYTES + SCALE_BYTES
+# Tiles of a kernel have one or more blocks of rows; padding to two leaves it the choice.
+ROW_PADDING, COLUMN_PADDING = 128, 128
+
+DECODE_EXPONENT = 7
+"""Operands in registers are value * 2^-7: alpha makes up for it."""
+
+# Bits of (sign, exponent high, exponent low, mantissa) in a 16-bit half, for operand register 0..3.
+_BIT_POSITIONS = ((15, 8, 7, 6), (9, 2, 1, 0), (3, 12, 11, 10), (13, 14, 5, 4))
+# The kernel rotates the word for register 2 by 4, which moves that sign to the other half.
+_SIGN_IN_OTHER_HALF = (False, False, True, False)
+
+_SCALE_ZERO, _SCALE_NAN = 0, 0xFF
+_E4M3_EXPONENT_BIAS, _PACKED_EXPONENT_BIAS = 7, 22
+
+
+def padded_size(n: int, k: int) -> tuple[int, int]:
+    """N' and K'."""
+    return (
+        nvfp4.ceil_div(n, ROW_PADDING) * ROW_PADDING,
+        nvfp4.ceil_div(k, COLUMN_PADDING) * COLUMN_PADDING,
+    )
+
+
+def prepacked_shape(num_experts: int, n: int, k: int) -> tuple[int, int, int, int]:
+    padded_n, padded_k = padded_size(n, k)
+    return (num_experts, padded_n // BLOCK_ROWS, padded_k // BLOCK_COLUMNS, BLOCK_BYTES)
+
+
+def _encode_scales(sf_bytes: Tensor) -> Tensor:
+    """e4m3 bytes, sign ignored -> packed scale bytes."""
+    bits = sf_bytes.int() & 0x7F
+    exponent, mantissa = bits >> 3, bits & 7
+    normal = ((exponent + _PACKED_EXPONENT_BIAS - _E4M3_EXPONENT_BIAS) << 3) | mantissa
+    # A subnormal m * 2^-9 is 2^(b-9) * (1 + ...), b the position of its leading bit.
+    leading = torch.where(mantissa >= 4, 2, torch.where(mantissa >= 2, 1, 0))
+    fraction = (mantissa << (3 - leading)) & 7
+    subnormal = ((leading - 9 + _PACKED_EXPONENT_BIAS) << 3) | fraction
+    packed = torch.where(exponent == 0, subnormal, normal)
+    packed = torch.where(bits == 0, _SCALE_ZERO, packed)
+    return torch.where(bits == nvfp4.E4M3_NAN_BYTE, _SCALE_NAN, packed).to(torch.uint8)
+
+
+def _decode_scales(packed: Tensor) -> Tensor:
+    """Packed scale bytes -> e4m3 bytes."""
+    bits = packed.int()
+    exponent = (bits >> 3) - _PACKED_EXPONENT_BIAS + _E4M3_EXPONENT_BIAS
+    fraction = bits & 7
+    normal = (exponent << 3) | fraction
+    # Exponent 0, -1, -2 here: m = (8 + fraction) >> (1 - exponent).
+    subnormal = (8 | fraction) >> (1 - exponent).clamp(min=0)
+    e4m3 = torch.where(exponent <= 0, subnormal, normal)
+    e4m3 = torch.where(bits == _SCALE_ZERO, 0, e4m3)
+    return torch.where(bits == _SCALE_NAN, nvfp4.E4M3_NAN_BYTE, e4m3).to(torch.uint8)
+
+
+def _pack_expert(codes: Tensor, sf_bytes: Tensor) -> Tensor:
+    """(N', K') codes one a byte and (N', K'/16) e4m3 bytes -> (N'/64, K'/128, 4608)."""
+    rows, columns = codes.shape
+    row_blocks, column_blocks = rows // BLOCK_ROWS, columns // BLOCK_COLUMNS
+    scale = sf_bytes.repeat_interleave(nvfp4.BLOCK_SIZE, dim=1)
+    codes = codes ^ ((scale >> 7) << 3)
+    codes = torch.where((scale & 0x7F) == 0, 0, codes).int()
+    # From (row block, warp, rh, g) x (column block, sub, j, kh, q, h), words outermost.
+    parts = codes.view(row_blocks, 4, 2, 8, column_blocks, 2, 4, 2, 4, 2)
+    parts = parts.permute(0, 4, 5, 1, 3, 8, 6, 7, 2, 9)
+    word = torch.zeros(parts.shape[:-3], dtype=torch.int64, device=codes.device)
+    for register, (sign, high, low, mantissa) in enumerate(_BIT_POSITIONS):
+        for half in range(2):
+            code = parts[..., register // 2, register % 2, half].long()
+            sign_half = 1 - half if _SIGN_IN_OTHER_HALF[register] else half
+            word |= ((code >> 3) & 1) << (16 * sign_half + sign)
+            word |= ((code >> 2) & 1) << (16 * half + high)
+            word |= ((code >> 1) & 1) << (16 * half + low)
+            word |= (code & 1) << (16 * half + mantissa)
+    shifts = torch.arange(4, device=codes.device) * 8
+    code_bytes = ((word.unsqueeze(-1) >> shifts) & 0xFF).to(torch.uint8)
+    scales = _encode_scales(sf_bytes).view(row_blocks, 4, 2, 8, column_blocks, 4, 2)
+    scales = scales.permute(0, 4, 1, 3, 5, 2, 6)  # (rb, cb, warp, g, group, rh, block)
+    lead = (row_blocks, column_blocks)
+    return torch.cat(
+        [code_bytes.reshape(*lead, CODE_BYTES), scales.reshape(*lead, SCALE_BYTES)], dim=-1
+    )
+
+
+def prepack(codes: Tensor, block_scale: Tensor) -> Tensor:
+    """Canonical weights to this layout, expert by expert on their device.
+
+    codes: (E, N, K/2) uint8. block_scale: (E, N, K/16) float8_e4m3fn, linear.
+    """
+    num_experts, n, packed_k = codes.shape
+    k = packed_k * nvfp4.CODES_PER_BYTE
+    padded_n, padded_k = padded_size(n, k)
+    out = codes.new_empty(prepacked_shape(num_experts, n, k))
+    for expert in range(num_experts):
+        low, high = codes[expert] & 15, codes[expert] >> 4
+        padded_codes = codes.new_zeros(padded_n, padded_k)
+        padded_codes[:n, :k] = torch.stack([low, high], dim=-1).flatten(-2)
+        padded_sf = codes.new_zeros(padded_n, nvfp4.num_blocks(padded_k))
+        padded_sf[:n, : nvfp4.num_blocks(k)] = block_scale[expert].view(torch.uint8)
+        out[expert] = _pack_expert(padded_codes, padded_sf)
+    return out
+
+
+def unpack(prepacked: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
+    """Inverse of ``prepack``: codes (E, N, K/2) and block scales (E, N, K/16)."""
+    num_experts, row_blocks, column_blocks, _ = prepacked.shape
+    code_bytes, scale_bytes = prepacked.split([CODE_BYTES, SCALE_BYTES], dim=-1)
+    shape = (num_experts, row_blocks, column_blocks)
+    octets = code_bytes.reshape(*shape, 2, 4, 8, 4, 4, 4).long()  # sub, warp, g, q, j, byte
+    shifts = torch.arange(4, device=prepacked.device) * 8
+    word = (octets << shifts).sum(dim=-1)
+    registers = []
+    for register, (sign, high, low, mantissa) in enumerate(_BIT_POSITIONS):
+        halves = []
+        for half in range(2):
+            sign_half = 1 - half if _SIGN_IN_OTHER_HALF[register] else half
+            code = ((word >> (16 * sign_half + sign)) & 1) << 3
+            code |= ((word >> (16 * half + high)) & 1) << 2
+            code |= ((word >> (16 * half + low)) & 1) << 1
+            code |= (word >> (16 * half + mantissa)) & 1
+            halves.append(code.to(torch.uint8))
+        registers.append(torch.stack(halves, dim=-1))
+    # (E, rb, cb, sub, warp, g, q, j, kh, rh, h) -> (E, rb, warp, rh, g, cb, sub, j, kh, q, h)
+    parts = torch.stack(registers, dim=-2).unflatten(-2, (2, 2))
+    parts = parts.permute(0, 1, 4, 9, 5, 2, 3, 7, 8, 6, 10)
+    codes = parts.reshape(num_experts, row_blocks * BLOCK_ROWS, column_blocks * BLOCK_COLUMNS)
+    codes = codes[:, :n, :k]
+    scales = _decode_scales(scale_bytes).reshape(*shape, 4, 8, 4, 2, 2)  # warp, g, group, rh, block
+    scales = scales.permute(0, 1, 3, 6, 4, 2, 5, 7)
+    sf = scales.reshape(num_experts, row_blocks * BLOCK_ROWS, -1)[:, :n, : nvfp4.num_blocks(k)]
+    packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return packed.contiguous(), sf.contiguous().view(torch.float8_e4m3fn)

@@ -1,0 +1,65 @@
+"""prepack_weight: canonical weights to the layout that a GPU's grouped mm reads."""
+
+import torch
+from torch import Tensor
+
+from nvfp4_ops import format as nvfp4
+from nvfp4_ops import kernels
+from nvfp4_ops.registry import (
+    check_dtype,
+    check_multiple,
+    check_rank,
+    check_same_device,
+    check_shape,
+    register,
+)
+
+
+def _check(codes: Tensor, block_scale: Tensor) -> None:
+    check_rank("codes", codes, 3, "(E, N, K/2)")
+    check_dtype("codes", codes, torch.uint8)
+    num_experts, n, packed_k = codes.shape
+    check_multiple("codes", "N", n, nvfp4.BLOCK_SIZE)
+    check_multiple("codes", "K/2", packed_k, nvfp4.packed_size(nvfp4.BLOCK_SIZE))
+    check_dtype("block_scale", block_scale, torch.float8_e4m3fn)
+    linear = (num_experts, n, nvfp4.num_blocks(packed_k * nvfp4.CODES_PER_BYTE))
+    check_shape("block_scale", block_scale, linear, "the linear scales (E, N, K/16)")
+    check_same_device("block_scale", block_scale, codes.device)
+
+
+def _fake(codes: Tensor, block_scale: Tensor) -> Tensor:
+    _check(codes, block_scale)
+    num_experts, n, packed_k = codes.shape
+    shape = kernels.prepacked_shape(num_experts, n, packed_k * nvfp4.CODES_PER_BYTE)
+    return codes.new_empty(shape)
+
+
+def _kernel(codes: Tensor, block_scale: Tensor) -> Tensor:
+    _check(codes, block_scale)
+    return kernels.prepack(codes, block_scale)
+
+
+_op = register(
+    "prepack_weight(Tensor codes, Tensor block_scale) -> Tensor", fake=_fake, kernel=_kernel
+)
+
+
+def prepack_weight(codes: Tensor, block_scale: Tensor) -> Tensor:
+    """Rearrange weights into blocks that Hopper's grouped mm loads and decodes without a shuffle.
+
+    Still 4.5 bits a weight, N and K padded to multiples of 128. Values are kept exactly; of the
+    bytes, only codes under a zero block scale and the split of a sign between code and (negative)
+    scale are not. Offline work: it runs expert by expert and takes a while.
+
+    Args:
+        codes: (E, N, K / 2) uint8; N and K multiples of 16.
+        block_scale: (E, N, K / 16) float8_e4m3fn, linear.
+
+    Returns:
+        (E, N' / 64, K' / 128, 4608) uint8, to be passed as ``b`` of ``grouped_scaled_mm`` with
+        ``sf_b`` None and ``num_columns`` N.
+
+    Raises:
+        TypeError: another dtype. ValueError: another shape.
+    """
+    return _op(codes, block_scale)

@@ -1,0 +1,278 @@
+"""Prepacked weights and the Hopper grouped mm: the layout on any machine, the kernel on a GPU."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from compare import assert_bytes_equal
+from torch import Tensor
+
+import nvfp4_ops
+from nvfp4_ops import kernels
+from nvfp4_ops.kernels import prepack_sm90
+
+SHAPES = [(128, 128), (16, 16), (192, 112), (96, 2880), (320, 256)]
+
+
+def random_weights(num_experts: int, n: int, k: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Every code and every finite positive e4m3 scale."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (num_experts, n, k // 2), dtype=torch.uint8, generator=generator)
+    sf = torch.randint(1, 0x7F, (num_experts, n, k // 16), dtype=torch.uint8, generator=generator)
+    return codes, sf.view(torch.float8_e4m3fn)
+
+
+def decode(codes: Tensor, sf: Tensor) -> Tensor:
+    return nvfp4_ops.dequantize_nvfp4(codes, sf, torch.ones((), device=codes.device))
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES, ids=str)
+def test_prepack_recovers_every_byte(n: int, k: int) -> None:
+    codes, sf = random_weights(3, n, k)
+    packed = nvfp4_ops.prepack_weight(codes, sf)
+    assert packed.shape[:1] == (3,)
+    assert packed.numel() == 3 * -(-n // 128) * 128 * -(-k // 128) * 128 * 9 // 16
+    unpacked, unpacked_sf = kernels.unpack(packed, n, k)
+    assert_bytes_equal(unpacked, codes)
+    assert_bytes_equal(unpacked_sf.view(torch.uint8), sf.view(torch.uint8))
+
+
+def test_prepack_keeps_values_of_zero_negative_and_nan_scales() -> None:
+    codes, sf = random_weights(1, 32, 64)
+    sf.view(torch.uint8)[0, :, 0] = 0
+    sf.view(torch.uint8)[0, :, 1] |= 0x80
+    sf.view(torch.uint8)[0, 5, 2] = 0x7F
+    sf.view(torch.uint8)[0, 6, 2] = 0x80
+    actual = decode(*kernels.unpack(nvfp4_ops.prepack_weight(codes, sf), 32, 64))
+    expected = decode(codes, sf)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    assert expected.isnan().any()
+
+
+def test_prepack_scale_bytes_are_bf16_after_a_shift() -> None:
+    """(B << 4) | 0x7000 as bf16 is the scale times 2^119: what the kernel relies on."""
+    e4m3 = torch.arange(1, 0x7F, dtype=torch.uint8)
+    bits = (prepack_sm90._encode_scales(e4m3).int() << 4) | 0x7000
+    as_bf16 = bits.to(torch.int16).view(torch.bfloat16).double()
+    assert torch.equal(as_bf16 * 2.0**-119, e4m3.view(torch.float8_e4m3fn).double())
+    nan = (prepack_sm90._encode_scales(torch.tensor([0x7F], dtype=torch.uint8)).int() << 4) | 0x7000
+    assert nan.to(torch.int16).view(torch.bfloat16).isnan().all()
+
+
+def test_grouped_mm_on_the_cpu_takes_prepacked_weights() -> None:
+    codes, sf = random_weights(4, 48, 80)
+    x, offs = torch.randn(9, 80).bfloat16(), torch.tensor([2, 2, 7, 8], dtype=torch.int32)
+    alpha = torch.rand(4)
+    expected = nvfp4_ops.grouped_scaled_mm(x, codes, None, sf, alpha, offs)
+    packed = nvfp4_ops.prepack_weight(codes, sf)
+    actual = nvfp4_ops.grouped_scaled_mm(x, packed, None, None, alpha, offs, num_columns=48)
+    assert_bytes_equal(actual, expected)
+
+
+PREPACKED_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
+    "scales": ({"sf_b": "linear"}, "sf_b: must be None with prepacked b"),
+    "columns": ({"num_columns": None}, "num_columns: must be given with prepacked b"),
+    "odd": ({"num_columns": 40}, "num_columns: N must be a multiple of 16, got 40"),
+    "other": ({"num_columns": 480}, r"b: must be weights prepacked from N = 480 and the K = 80"),
+    "canonical": ({"b": "codes", "sf_b": "linear"}, "num_columns: goes with prepacked b only"),
+    "no_scales": ({"b": "codes", "num_columns": None}, "sf_b: must be given with canonical b"),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), PREPACKED_ERRORS.values(), ids=PREPACKED_ERRORS.keys()
+)
+def test_grouped_mm_rejects_mixed_up_prepacked(change: dict[str, Any], message: str) -> None:
+    codes, sf = random_weights(4, 48, 80)
+    arguments = {
+        "b": nvfp4_ops.prepack_weight(codes, sf),
+        "sf_b": None,
+        "num_columns": 48,
+    } | {k: {"linear": sf, "codes": codes}.get(v, v) for k, v in change.items()}
+    offs = torch.tensor([2, 2, 7, 8], dtype=torch.int32)
+    with pytest.raises(ValueError, match=message):
+        nvfp4_ops.grouped_scaled_mm(
+            torch.ones(9, 80).bfloat16(), sf_a=None, alpha=torch.ones(4), offs=offs, **arguments
+        )
+
+
+COMPILE = """
+import os, sys
+os.environ["CUTE_DSL_ARCH"] = "sm_90a"
+from dataclasses import replace
+from nvfp4_ops.kernels import grouped_mm_sm90 as g
+for _, tile in g._LADDER:
+    config = g.GroupedMmConfig(**tile)
+    g.build(config)
+    g.build(replace(config, out_fp32=True, row_scale=True, bias=True))
+print("compiled", 2 * len(g._LADDER))
+"""
+
+
+def test_grouped_mm_compiles_every_tile_without_a_gpu() -> None:
+    pytest.importorskip("cutlass")
+    pytest.importorskip("tvm_ffi")
+    environment = os.environ | {"CUTE_DSL_ARCH": "sm_90a"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True
+    )
+    assert "compiled 10" in done.stdout, done.stderr[-2000:]
+
+
+# ---- on a GPU
+
+GPU_CASES: dict[str, dict[str, Any]] = {
+    "one_row": {"counts": [1]},
+    "ragged": {"counts": [0, 1, 7, 8, 9, 0, 33]},
+    "boundary_rows": {"counts": [127, 128, 129, 1]},
+    "one_expert_has_all": {"counts": [0, 0, 500, 0]},
+    "tail": {"counts": [3, 0, 5], "tail": 11},
+    "no_rows_at_all": {"counts": [0, 0, 0], "tail": 6},
+    "many_experts": {"counts": [i % 5 for i in range(300)], "n": 64, "k": 128},
+    "odd_sizes": {"counts": [5, 20, 2], "n": 192, "k": 112},
+    "long_k": {"counts": [4, 40], "n": 128, "k": 2880},
+    "two_alphas": {"counts": [5, 9, 30], "n": 96, "segments": 2},
+    "row_scale": {"counts": [17, 0, 3], "row_scale": True},
+    "bias": {"counts": [17, 70, 3], "bias": True, "n": 48},
+    "fp32": {"counts": [9, 70, 3], "out_dtype": torch.float32, "n": 144},
+    "silu_mul": {"counts": [9, 20, 3], "activation": "silu_mul", "segments": 2, "bias": True},
+    "w4a4": {"counts": [9, 20, 3], "w4a4": True, "row_scale": True},
+    "large_tile": {"counts": [300, 200, 411], "n": 256, "k": 256, "row_scale": True, "bias": True},
+}
+
+
+def gpu_arguments(
+    counts: list[int],
+    *,
+    n: int = 128,
+    k: int = 256,
+    tail: int = 0,
+    segments: int = 1,
+    row_scale: bool = False,
+    bias: bool = False,
+    w4a4: bool = False,
+    **options: Any,
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """CPU arguments without the weight; canonical codes and scales."""
+    num_experts, rows = len(counts), sum(counts) + tail
+    offs = torch.tensor(counts).cumsum(0).int()
+    x = torch.randn(rows, k)
+    arguments: dict[str, Any] = {
+        "alpha": torch.rand(num_experts, segments).squeeze(1) * 0.01 + 0.001,
+        "offs": offs,
+        **options,
+    }
+    if w4a4:
+        arguments["a"], arguments["sf_a"] = nvfp4_ops.quantize_nvfp4(x, torch.full((), 1e-3))
+    else:
+        x[sum(counts) :] = torch.nan
+        arguments["a"], arguments["sf_a"] = x.bfloat16(), None
+    if row_scale:
+        arguments["row_scale"] = torch.rand(rows, 1) + 0.5
+    if bias:
+        arguments["bias"] = torch.randn(num_experts, n)
+    return arguments, *random_weights(num_experts, n, k)
+
+
+def on_gpu(arguments: dict[str, Any], codes: Tensor, sf: Tensor) -> Tensor:
+    moved = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    packed = nvfp4_ops.prepack_weight(codes.cuda(), sf.cuda())
+    return nvfp4_ops.grouped_scaled_mm(
+        b=packed, sf_b=None, num_columns=codes.shape[1], **moved
+    ).cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES.values(), ids=GPU_CASES.keys())
+def test_grouped_mm_kernel_equals_the_reference(case: dict[str, Any]) -> None:
+    arguments, codes, sf = gpu_arguments(**case)
+    expected = nvfp4_ops.grouped_scaled_mm(b=codes, sf_b=sf, **arguments).double()
+    actual = on_gpu(arguments, codes, sf).double()
+    error = (actual - expected).abs()
+    scale = expected.abs().mean() + 1e-30
+    # Both are rounded to bf16 once: near a tie they may fall one ulp apart, 2^-7 at most.
+    fp32 = case.get("out_dtype") == torch.float32
+    bound = (2**-16 if fp32 else 2**-7) * (expected.abs() + scale)
+    assert (error <= bound).all(), f"worst {(error / (expected.abs() + scale)).max():.2e}"
+    assert (actual[int(arguments["offs"][-1]) :] == 0).all()
+    assert_bytes_equal(on_gpu(arguments, codes, sf).double(), actual)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows_each", [1, 8, 16, 30, 64, 128, 150])
+def test_grouped_mm_kernel_decodes_every_weight_exactly(rows_each: int) -> None:
+    """One-hot rows read single weights: no rounding, so bits must be equal, for every tile."""
+    num_experts, n, k = 4, 256, 256
+    codes, sf = random_weights(num_experts, n, k, seed=3)
+    sf.view(torch.uint8)[1, :, 3] = 0
+    rows = num_experts * rows_each
+    x = torch.zeros(rows, k)
+    x[torch.arange(rows), torch.randint(0, k, (rows,))] = 1
+    arguments = {
+        "a": x.bfloat16(),
+        "sf_a": None,
+        "alpha": torch.ones(num_experts),
+        "offs": (torch.arange(num_experts) + 1).int() * rows_each,
+    }
+    weights = decode(codes, sf)
+    expert = torch.arange(rows) // rows_each
+    expected = weights[expert, :, x.argmax(dim=1)].bfloat16()
+    actual = on_gpu(arguments, codes, sf)
+    assert torch.equal(actual.double(), expected.double())
+
+
+@pytest.mark.gpu
+def test_grouped_mm_kernel_nan_row_stays_alone() -> None:
+    arguments, codes, sf = gpu_arguments([20, 30])
+    clean = on_gpu(arguments, codes, sf)
+    arguments["a"][7, 3] = torch.nan
+    poisoned = on_gpu(arguments, codes, sf)
+    others = torch.arange(50) != 7
+    assert poisoned[7].isnan().all()
+    assert_bytes_equal(poisoned[others].view(torch.int16), clean[others].view(torch.int16))
+
+
+@pytest.mark.gpu
+def test_grouped_mm_kernel_replays_with_new_offs_and_rows() -> None:
+    arguments, codes, sf = gpu_arguments([5, 0, 11, 4])
+    static = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    packed = nvfp4_ops.prepack_weight(codes.cuda(), sf.cuda())
+    call = {"b": packed, "sf_b": None, "num_columns": codes.shape[1]}
+    nvfp4_ops.grouped_scaled_mm(**call, **static)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = nvfp4_ops.grouped_scaled_mm(**call, **static)
+    for offs in ([5, 5, 16, 20], [0, 20, 20, 20], [1, 2, 3, 4]):
+        arguments["offs"] = torch.tensor(offs, dtype=torch.int32)
+        arguments["a"] = torch.randn(20, 256).bfloat16()
+        static["offs"].copy_(arguments["offs"])
+        static["a"].copy_(arguments["a"])
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_bytes_equal(
+            out.cpu().view(torch.int16), on_gpu(arguments, codes, sf).view(torch.int16)
+        )
+
+
+@pytest.mark.gpu
+def test_grouped_mm_kernel_packs_canonical_weights_on_the_fly() -> None:
+    arguments, codes, sf = gpu_arguments([5, 9, 30], segments=2, n=96)
+    moved = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    actual = nvfp4_ops.grouped_scaled_mm(b=codes.cuda(), sf_b=sf.cuda(), **moved).cpu()
+    assert_bytes_equal(actual.view(torch.int16), on_gpu(arguments, codes, sf).view(torch.int16))
+
+
+def test_choose_config_covers_all_sizes() -> None:
+    pytest.importorskip("cutlass")
+    from nvfp4_ops.kernels.grouped_mm_sm90 import choose_config
+
+    flags = {"out_fp32": False, "row_scale": False, "bias": False}
+    assert choose_config(1, 128, **flags).tile_tokens == 8
+    assert choose_config(2048, 128, **flags).tile_tokens == 16
+    assert choose_config(8192 * 8, 8, **flags).tile_tokens == 128
+    assert replace(choose_config(1, 1, **flags), bias=True) != choose_config(1, 1, **flags)
