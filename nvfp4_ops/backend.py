@@ -8,6 +8,12 @@ from nvfp4_ops import kernels
 from nvfp4_ops.registry import registered_ops
 
 REFERENCE = "PyTorch reference"
+HAVE_KERNELS = {
+    "quantize_nvfp4": "",
+    "swizzle_sf": "",
+    "unswizzle_sf": "",
+    "grouped_scaled_mm": " (bf16 or NVFP4 rows, bf16 or fp32 out; else the reference)",
+}
 
 
 def device_types() -> Sequence[str]:
@@ -25,7 +31,8 @@ def backend_info() -> dict[str, dict[str, str]]:
     """
     info = {name: dict.fromkeys(device_types(), REFERENCE) for name in registered_ops()}
     if "cuda" in device_types():
-        reason = kernels.why_no_grouped_mm(torch.device("cuda", 0), num_experts=1)
-        served = f"{REFERENCE}: {reason}" if reason else "CuTe DSL sm_90a (bf16 or NVFP4 rows)"
-        info["grouped_scaled_mm"]["cuda"] = served
+        reason = kernels.why_no_kernels(torch.device("cuda", 0))
+        for name, limits in HAVE_KERNELS.items():
+            kernel = f"CuTe DSL {kernels.ARCHITECTURE}{limits}"
+            info[name]["cuda"] = kernel if reason is None else f"{REFERENCE}: {reason}"
     return info

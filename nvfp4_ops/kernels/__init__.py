@@ -12,13 +12,28 @@ from torch import Tensor
 from nvfp4_ops.kernels import compile_cache, prepack_sm90
 from nvfp4_ops.kernels.prepack_sm90 import prepack, prepacked_shape, unpack
 
-__all__ = ["grouped_mm", "prepack", "prepacked_shape", "unpack", "why_no_grouped_mm"]
+__all__ = [
+    "grouped_mm",
+    "prepack",
+    "prepacked_shape",
+    "quantize",
+    "swizzle",
+    "unpack",
+    "unswizzle",
+    "why_no_elementwise",
+    "why_no_grouped_mm",
+    "why_no_kernels",
+]
 
 MAX_EXPERTS = 1024
 
 
+ARCHITECTURE = "sm_90a"
+
+
 @cache
-def _why_no_kernels(device: torch.device) -> str | None:
+def why_no_kernels(device: torch.device) -> str | None:
+    """Why nothing here serves this GPU, or None where something does."""
     capability = torch.cuda.get_device_capability(device)
     if capability != (9, 0):
         name = torch.cuda.get_device_name(device)
@@ -28,6 +43,15 @@ def _why_no_kernels(device: torch.device) -> str | None:
     if find_spec("tvm_ffi") is None:
         return "apache-tvm-ffi is not installed"
     return None
+
+
+def why_no_elementwise(x: Tensor, num_experts: int = 1) -> str | None:
+    """Why the quantize and swizzle kernels can not serve x, or None where they can."""
+    if x.numel() == 0:
+        return "there is nothing to compute"
+    if num_experts > MAX_EXPERTS:
+        return f"the kernel takes at most {MAX_EXPERTS} experts, got {num_experts}"
+    return why_no_kernels(x.device)
 
 
 @cache
@@ -42,7 +66,7 @@ def why_no_grouped_mm(
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> str | None:
     """Why the grouped mm kernel can not serve these arguments, or None where it can."""
-    reason = _why_no_kernels(device)
+    reason = why_no_kernels(device)
     if reason is not None:
         return reason
     if num_experts > MAX_EXPERTS:
@@ -81,7 +105,7 @@ def grouped_mm(
         bias=bias is not None,
     )
     compiled = compile_cache.get(
-        "grouped_mm", config, "sm_90a", lambda: grouped_mm_sm90.build(config)
+        "grouped_mm", config, ARCHITECTURE, lambda: grouped_mm_sm90.build(config)
     )
     two_segments = alpha.ndim == 2
     unused = alpha.view(-1)
@@ -96,4 +120,52 @@ def grouped_mm(
         alpha.shape[1] if two_segments else 1,
         out.shape[1] // 2 if two_segments else prepack_sm90.ROW_PADDING * weight.shape[1],
         _num_multiprocessors(x.device) * config.blocks_per_sm,
+    )
+
+
+def quantize(
+    x: Tensor, global_scale: Tensor, offs: Tensor | None, codes: Tensor, block_scale: Tensor
+) -> None:
+    """Write ``codes`` and ``block_scale`` (rank 4: swizzled) of the rows of x."""
+    from nvfp4_ops.kernels import quantize_rows as kernel
+
+    if kernel.why_no_rows(x) is not None:
+        x = x.contiguous()
+    kernel.launch_quantize(
+        x=x,
+        global_scale=global_scale.contiguous(),
+        offs=offs,
+        codes=codes,
+        block_scale=block_scale,
+        get_compiled=lambda config: compile_cache.get(
+            "quantize", config, ARCHITECTURE, lambda: kernel.build(config)
+        ),
+    )
+
+
+def swizzle(sf: Tensor, offs: Tensor | None, swizzled: Tensor) -> None:
+    """Write ``swizzled`` from linear block scales (R, C) or (E, N, C)."""
+    from nvfp4_ops.kernels import swizzle_sf as kernel
+
+    kernel.launch_swizzle(
+        sf=sf.contiguous(),
+        offs=offs,
+        swizzled=swizzled,
+        get_compiled=lambda config: compile_cache.get(
+            "swizzle", config, ARCHITECTURE, lambda: kernel.build(config)
+        ),
+    )
+
+
+def unswizzle(swizzled: Tensor, offs: Tensor | None, sf: Tensor) -> None:
+    """Write linear block scales ``sf`` (R, C) or (E, N, C) from swizzled ones."""
+    from nvfp4_ops.kernels import swizzle_sf as kernel
+
+    kernel.launch_unswizzle(
+        swizzled=swizzled.contiguous(),
+        offs=offs,
+        sf=sf,
+        get_compiled=lambda config: compile_cache.get(
+            "swizzle", config, ARCHITECTURE, lambda: kernel.build(config)
+        ),
     )

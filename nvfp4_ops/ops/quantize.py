@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
-from nvfp4_ops import reference
+from nvfp4_ops import kernels, reference
 from nvfp4_ops.registry import (
     check_dtype,
     check_multiple,
@@ -38,7 +38,7 @@ def check_row_scale(name: str, scale: Tensor, offs: Tensor | None, num_rows: int
     )
 
 
-def _check(x: Tensor, global_scale: Tensor, offs: Tensor | None, swizzled: bool) -> None:
+def _check(x: Tensor, global_scale: Tensor, offs: Tensor | None) -> None:
     check_rank("x", x, 2, "(R, K)")
     check_dtype("x", x, *FLOAT_DTYPES)
     check_multiple("x", "K", x.shape[1], nvfp4.BLOCK_SIZE)
@@ -64,7 +64,7 @@ def _shapes(
 def _fake(
     x: Tensor, global_scale: Tensor, offs: Tensor | None = None, swizzled: bool = False
 ) -> tuple[Tensor, Tensor]:
-    _check(x, global_scale, offs, swizzled)
+    _check(x, global_scale, offs)
     codes, sf = _shapes(x, offs, swizzled)
     return x.new_empty(codes, dtype=torch.uint8), x.new_empty(sf, dtype=torch.float8_e4m3fn)
 
@@ -72,8 +72,15 @@ def _fake(
 def _kernel(
     x: Tensor, global_scale: Tensor, offs: Tensor | None = None, swizzled: bool = False
 ) -> tuple[Tensor, Tensor]:
-    _check(x, global_scale, offs, swizzled)
-    return reference.quantize_nvfp4(x, global_scale, offs, swizzled)
+    _check(x, global_scale, offs)
+    num_experts = 1 if offs is None else offs.shape[0]
+    if not x.is_cuda or kernels.why_no_elementwise(x, num_experts) is not None:
+        return reference.quantize_nvfp4(x, global_scale, offs, swizzled)
+    codes_shape, sf_shape = _shapes(x, offs, swizzled)
+    codes = x.new_empty(codes_shape, dtype=torch.uint8)
+    block_scale = x.new_empty(sf_shape, dtype=torch.float8_e4m3fn)
+    kernels.quantize(x, global_scale, offs, codes, block_scale)
+    return codes, block_scale
 
 
 _op = register(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
-from nvfp4_ops import reference
+from nvfp4_ops import kernels, reference
 from nvfp4_ops.registry import (
     check_dtype,
     check_offs,
@@ -45,7 +45,12 @@ def _fake_swizzle(sf: Tensor, offs: Tensor | None = None) -> Tensor:
 
 def _kernel_swizzle(sf: Tensor, offs: Tensor | None = None) -> Tensor:
     _check_swizzle(sf, offs)
-    return reference.swizzle_sf(sf, offs)
+    num_experts = 1 if offs is None else offs.shape[0]
+    if not sf.is_cuda or kernels.why_no_elementwise(sf, num_experts) is not None:
+        return reference.swizzle_sf(sf, offs)
+    swizzled = sf.new_empty(_swizzled_shape(sf.shape, offs))
+    kernels.swizzle(sf, offs, swizzled)
+    return swizzled
 
 
 _op_swizzle = register(
@@ -102,7 +107,12 @@ def _fake_unswizzle(sf: Tensor, shape: tuple[int, ...], offs: Tensor | None = No
 
 def _kernel_unswizzle(sf: Tensor, shape: tuple[int, ...], offs: Tensor | None = None) -> Tensor:
     _check_unswizzle(sf, shape, offs)
-    return reference.unswizzle_sf(sf, tuple(shape), offs)
+    num_experts = 1 if offs is None else offs.shape[0]
+    linear = sf.new_empty(tuple(shape))
+    if not linear.is_cuda or kernels.why_no_elementwise(linear, num_experts) is not None:
+        return reference.unswizzle_sf(sf, tuple(shape), offs)
+    kernels.unswizzle(sf, offs, linear)
+    return linear
 
 
 _op_unswizzle = register(

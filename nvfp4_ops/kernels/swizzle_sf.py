@@ -1,0 +1,390 @@
+"""Block scales to and from the 128x4 layout of tensor cores, and where ragged rows go in it.
+
+Portable CuTe DSL. Not for computing scales: ``quantize_rows`` writes this layout itself, with
+the ragged bookkeeping of this file.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import cuda.bindings.driver as cuda_driver
+import cutlass
+import cutlass.cute as cute
+import torch
+from cutlass import Int32, Int64, Uint8, Uint32
+from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
+from torch import Tensor
+
+from nvfp4_ops import format as nvfp4
+
+MAX_EXPERTS = 1024
+"""Ragged kernels keep two words per expert in shared memory."""
+
+WARP = 32
+WORD_BYTES, VECTOR_BYTES = 4, 16
+# A lane handles one line of a tile: four rows, one in each group of 32.
+ROW_GROUPS = nvfp4.SWIZZLE_LINE_BYTES // nvfp4.SWIZZLE_TILE_COLS
+COL_TILES_PER_WARP = VECTOR_BYTES // nvfp4.SWIZZLE_TILE_COLS
+
+GetCompiled = Callable[[Any], Callable[..., None]]
+"""From a config to its compiled kernel; compiles or looks it up."""
+
+
+def vector_at(address: Int64, num_words: int, align: int = VECTOR_BYTES) -> cute.Tensor:
+    """Global memory at a byte address as 32-bit words."""
+    pointer = cute.make_ptr(Uint32, address, cute.AddressSpace.gmem, assumed_align=align)
+    return cute.make_tensor(pointer, cute.make_layout(num_words))
+
+
+def bytes_at(address: Int64, num_bytes: int) -> cute.Tensor:
+    pointer = cute.make_ptr(Uint8, address, cute.AddressSpace.gmem, assumed_align=1)
+    return cute.make_tensor(pointer, cute.make_layout(num_bytes))
+
+
+@cute.jit
+def upper_bound(table: cute.Tensor, size: Int32, value: Int32) -> Int32:
+    """How many entries of a non-decreasing table are <= value."""
+    low = Int32(0)
+    high = Int32(size)
+    while low < high:
+        middle = (low + high) >> 1
+        if Int32(table[middle]) <= value:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@cute.jit
+def entry_before(table: cute.Tensor, index: Int32) -> Int32:
+    """table[index - 1], and 0 before the first."""
+    entry = Int32(0)
+    if index > 0:
+        entry = Int32(table[index - 1])
+    return entry
+
+
+@cute.jit
+def tiles_of_expert(mOffs: cute.Tensor, expert: Int32) -> Int32:
+    rows = Int32(mOffs[expert]) - entry_before(mOffs, expert)
+    return (rows + (nvfp4.SWIZZLE_TILE_ROWS - 1)) // nvfp4.SWIZZLE_TILE_ROWS
+
+
+class RaggedTiles:
+    """Where each expert's rows and tiles end: two tables in shared memory, made by a whole CTA.
+
+    ``sEnd[e]`` is the end row (``offs`` itself), ``sTileEnd[e]`` the end tile:
+    rows per expert [2, 0, 130] have end rows [2, 2, 132] and end tiles [1, 1, 3].
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    @cute.jit
+    def scan(self, mOffs: cute.Tensor, num_experts: Int32):
+        """Collective. Returns (sEnd, sTileEnd)."""
+        smem = cutlass.memory.SmemAllocator()
+        sEnd = smem.allocate_tensor(Int32, cute.make_layout(MAX_EXPERTS), byte_alignment=16)
+        sTileEnd = smem.allocate_tensor(Int32, cute.make_layout(MAX_EXPERTS), byte_alignment=16)
+        sWarp = smem.allocate_tensor(Int32, cute.make_layout(WARP), byte_alignment=16)
+        thread = cute.arch.thread_idx()[0]
+        warp, lane = thread // WARP, thread % WARP
+        per_thread = (num_experts + (self.threads - 1)) // self.threads
+        first = thread * per_thread
+        own = Int32(0)
+        for i in cutlass.range(per_thread, unroll=1):
+            expert = first + i
+            if expert < num_experts:
+                own = own + tiles_of_expert(mOffs, expert)
+        total = own
+        for step in cutlass.range_constexpr(5):
+            below = cute.arch.shuffle_sync_up(total, 1 << step)
+            if lane >= (1 << step):
+                total = total + below
+        if lane == WARP - 1:
+            sWarp[warp] = total
+        cute.arch.sync_threads()
+        end = total - own
+        for other in cutlass.range_constexpr(self.threads // WARP):
+            if other < warp:
+                end = end + Int32(sWarp[other])
+        for i in cutlass.range(per_thread, unroll=1):
+            expert = first + i
+            if expert < num_experts:
+                end = end + tiles_of_expert(mOffs, expert)
+                sEnd[expert] = Int32(mOffs[expert])
+                sTileEnd[expert] = end
+        cute.arch.sync_threads()
+        return sEnd, sTileEnd
+
+
+@cute.jit
+def locate_ragged_tile(sEnd: cute.Tensor, sTileEnd: cute.Tensor, num_experts: Int32, tile: Int32):
+    """First linear row of a row tile and how many rows it holds; none past the last expert."""
+    expert = upper_bound(sTileEnd, num_experts, tile)
+    first = Int32(0)
+    count = Int32(0)
+    if expert < num_experts:
+        tile_in_expert = tile - entry_before(sTileEnd, expert)
+        first = entry_before(sEnd, expert) + tile_in_expert * nvfp4.SWIZZLE_TILE_ROWS
+        count = cutlass.min(Int32(sEnd[expert]) - first, Int32(nvfp4.SWIZZLE_TILE_ROWS))
+    return first, count
+
+
+@cute.jit
+def locate_tile(rows_per_expert: Int32, tile: Int32):
+    """The same where every expert has as many rows."""
+    tiles_per_expert = (rows_per_expert + (nvfp4.SWIZZLE_TILE_ROWS - 1)) // nvfp4.SWIZZLE_TILE_ROWS
+    expert = tile // tiles_per_expert
+    row = (tile - expert * tiles_per_expert) * nvfp4.SWIZZLE_TILE_ROWS
+    count = cutlass.min(rows_per_expert - row, Int32(nvfp4.SWIZZLE_TILE_ROWS))
+    return expert * rows_per_expert + row, count
+
+
+@dataclass(frozen=True)
+class SwizzleConfig:
+    direction: Literal["swizzle", "unswizzle"]
+    ragged: bool
+    row_align: Literal[1, 4, 16]
+    """Bytes that divide the length and the address of each linear row: the widest access."""
+    threads: int = 128
+
+
+class SwizzleKernel:
+    """swizzled[tile_row(r), c] = linear[r, c], zero elsewhere; or the inverse.
+
+    A warp moves one row tile x four column tiles: a lane reads up to 16 bytes of each of its four
+    rows and writes four lines of 16 bytes, so that a warp writes (or, unswizzling, reads) whole
+    tiles. Pads are zeroed by the same stores. Unswizzling has further CTAs for the rows of no
+    expert. No limits on sizes but ``MAX_EXPERTS`` where ragged.
+    """
+
+    def __init__(self, config: SwizzleConfig) -> None:
+        if config.threads % WARP or not WARP <= config.threads <= WARP * WARP:
+            raise ValueError(f"threads: must be whole warps, up to 1024, got {config.threads}")
+        if config.direction not in ("swizzle", "unswizzle") or config.row_align not in (1, 4, 16):
+            raise ValueError(f"not a swizzle config: {config}")
+        self.config = config
+        self.ragged_tiles = RaggedTiles(config.threads)
+
+    @cute.jit
+    def __call__(
+        self,
+        mLinear: cute.Tensor,
+        mSwizzled: cute.Tensor,
+        mOffs: cute.Tensor | None,
+        rows_per_expert: Int32,
+        stream: cuda_driver.CUstream,
+    ):
+        row_tiles, col_tiles, _ = mSwizzled.shape
+        col_tiles_per_cta = self.config.threads // WARP * COL_TILES_PER_WARP
+        grid_rows = Int32(row_tiles)
+        if cutlass.const_expr(self.config.ragged and self.config.direction == "unswizzle"):
+            num_rows = Int32(mLinear.shape[0])
+            grid_rows = grid_rows + cute.ceil_div(num_rows, nvfp4.SWIZZLE_TILE_ROWS)
+        self.kernel(mLinear, mSwizzled, mOffs, rows_per_expert).launch(
+            grid=[grid_rows, cute.ceil_div(Int32(col_tiles), col_tiles_per_cta), 1],
+            block=[self.config.threads, 1, 1],
+            stream=stream,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        mLinear: cute.Tensor,
+        mSwizzled: cute.Tensor,
+        mOffs: cute.Tensor | None,
+        rows_per_expert: Int32,
+    ):
+        config = self.config
+        tile, cta_y, _ = cute.arch.block_idx()
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        line = cute.arch.lane_idx()
+        num_rows, num_cols = Int32(mLinear.shape[0]), Int32(mLinear.shape[1])
+        row_tiles, col_tiles = Int32(mSwizzled.shape[0]), Int32(mSwizzled.shape[1])
+        first_col_tile = (cta_y * (config.threads // WARP) + warp) * COL_TILES_PER_WARP
+        # False in the CTAs that zero the rows of no expert.
+        in_tiles = tile < row_tiles
+        if cutlass.const_expr(config.ragged):
+            num_experts = Int32(mOffs.shape[0])
+            sEnd, sTileEnd = self.ragged_tiles.scan(mOffs, num_experts)
+            first_row, num_valid = locate_ragged_tile(sEnd, sTileEnd, num_experts, tile)
+            if not in_tiles:
+                num_dropped_before = (tile - row_tiles) * nvfp4.SWIZZLE_TILE_ROWS
+                first_row = Int32(sEnd[num_experts - 1]) + num_dropped_before
+                num_valid = num_rows - first_row
+        else:
+            first_row, num_valid = locate_tile(rows_per_expert, tile)
+
+        # rLines[g, j]: word of row group g and column tile first_col_tile + j.
+        rLines = cute.make_rmem_tensor(cute.make_layout((ROW_GROUPS, COL_TILES_PER_WARP)), Uint32)
+        rLines.fill(0)
+        tile_base = mSwizzled.iterator.toint() + (
+            (Int64(tile) * Int64(col_tiles) + Int64(first_col_tile)) * nvfp4.SWIZZLE_TILE_BYTES
+            + Int64(line) * nvfp4.SWIZZLE_LINE_BYTES
+        )
+        row_base = (
+            mLinear.iterator.toint()
+            + Int64(first_row + line) * Int64(num_cols)
+            + Int64(first_col_tile) * nvfp4.SWIZZLE_TILE_COLS
+        )
+        if cutlass.const_expr(config.direction == "swizzle"):
+            self._move_rows(rLines, row_base, line, num_valid, first_col_tile, num_cols, load=True)
+            self._move_tiles(rLines, tile_base, first_col_tile, col_tiles, load=False)
+        else:
+            if in_tiles:
+                self._move_tiles(rLines, tile_base, first_col_tile, col_tiles, load=True)
+            self._move_rows(rLines, row_base, line, num_valid, first_col_tile, num_cols, load=False)
+
+    @cute.jit
+    def _move_tiles(
+        self,
+        rLines: cute.Tensor,
+        base: Int64,
+        first_col_tile: Int32,
+        col_tiles: Int32,
+        load: cutlass.Constexpr[bool],
+    ):
+        """One line of 16 bytes of each column tile."""
+        for j in cutlass.range_constexpr(COL_TILES_PER_WARP):
+            if first_col_tile + j < col_tiles:
+                gLine = vector_at(base + j * nvfp4.SWIZZLE_TILE_BYTES, ROW_GROUPS)
+                rLine = rLines[None, j]
+                if cutlass.const_expr(load):
+                    cute.autovec_copy(gLine, rLine)
+                else:
+                    cute.autovec_copy(rLine, gLine)
+
+    @cute.jit
+    def _move_rows(
+        self,
+        rLines: cute.Tensor,
+        base: Int64,
+        line: Int32,
+        num_valid: Int32,
+        first_col_tile: Int32,
+        num_cols: Int32,
+        load: cutlass.Constexpr[bool],
+    ):
+        """Up to 16 bytes of each of the four rows line, line + 32, line + 64, line + 96."""
+        width = self.config.row_align
+        first_col = first_col_tile * nvfp4.SWIZZLE_TILE_COLS
+        for group in cutlass.range_constexpr(ROW_GROUPS):
+            address = base + Int64(group * nvfp4.SWIZZLE_LINES) * Int64(num_cols)
+            if line + group * nvfp4.SWIZZLE_LINES < num_valid:
+                if cutlass.const_expr(width == VECTOR_BYTES):
+                    rRow = cute.make_rmem_tensor(cute.make_layout(COL_TILES_PER_WARP), Uint32)
+                    if first_col < num_cols:
+                        gRow = vector_at(address, COL_TILES_PER_WARP)
+                        if cutlass.const_expr(load):
+                            cute.autovec_copy(gRow, rRow)
+                            for j in cutlass.range_constexpr(COL_TILES_PER_WARP):
+                                rLines[group, j] = rRow[j]
+                        else:
+                            for j in cutlass.range_constexpr(COL_TILES_PER_WARP):
+                                rRow[j] = rLines[group, j]
+                            cute.autovec_copy(rRow, gRow)
+                else:
+                    for j in cutlass.range_constexpr(COL_TILES_PER_WARP):
+                        col = first_col + j * WORD_BYTES
+                        if cutlass.const_expr(width == WORD_BYTES):
+                            if col < num_cols:
+                                gWord = vector_at(address + j * WORD_BYTES, 1, WORD_BYTES)
+                                if cutlass.const_expr(load):
+                                    rLines[group, j] = Uint32(gWord[0])
+                                else:
+                                    gWord[0] = rLines[group, j]
+                        else:
+                            gBytes = bytes_at(address + j * WORD_BYTES, WORD_BYTES)
+                            for byte in cutlass.range_constexpr(WORD_BYTES):
+                                if col + byte < num_cols:
+                                    if cutlass.const_expr(load):
+                                        part = Uint32(Uint8(gBytes[byte])) << (8 * byte)
+                                        rLines[group, j] = rLines[group, j] | part
+                                    else:
+                                        gBytes[byte] = Uint8(rLines[group, j] >> (8 * byte))
+
+    def compile(self, options: str = "") -> Callable[..., None]:
+        rows, cols = cute.sym_int32(), cute.sym_int32(divisibility=self.config.row_align)
+        row_tiles, col_tiles = cute.sym_int32(), cute.sym_int32()
+        return cute.compile(
+            self,
+            make_fake_compact_tensor(
+                Uint8, (rows, cols), stride_order=(1, 0), assumed_align=self.config.row_align
+            ),
+            fake_swizzled(row_tiles, col_tiles),
+            fake_offs() if self.config.ragged else None,
+            Int32(1),
+            make_fake_stream(use_tvm_ffi_env_stream=True),
+            options=f"--enable-tvm-ffi {options}",
+        )
+
+
+def fake_swizzled(row_tiles: cute.SymInt, col_tiles: cute.SymInt) -> cute.Tensor:
+    shape = (row_tiles, col_tiles, nvfp4.SWIZZLE_TILE_BYTES)
+    return make_fake_compact_tensor(
+        Uint8, shape, stride_order=(2, 1, 0), assumed_align=VECTOR_BYTES
+    )
+
+
+def fake_offs() -> cute.Tensor:
+    return make_fake_compact_tensor(Int32, (cute.sym_int32(),), assumed_align=4)
+
+
+def build(config: SwizzleConfig, options: str = "") -> Callable[..., None]:
+    """Compile for ``CUTE_DSL_ARCH`` or the present GPU; called with torch tensors."""
+    return SwizzleKernel(config).compile(options)
+
+
+def tiles_view(swizzled: Tensor) -> Tensor:
+    """(row tiles, column tiles, 32, 16) scales as (row tiles, column tiles, 512) bytes."""
+    row_tiles, col_tiles, *_ = swizzled.shape
+    return swizzled.view(torch.uint8).view(row_tiles, col_tiles, nvfp4.SWIZZLE_TILE_BYTES)
+
+
+def check_num_experts(offs: Tensor | None) -> None:
+    if offs is not None and offs.shape[0] > MAX_EXPERTS:
+        raise ValueError(f"offs: the kernel takes at most {MAX_EXPERTS}, got {offs.shape[0]}")
+
+
+def row_alignment(linear: Tensor) -> int:
+    """Widest of 16, 4, 1 bytes that divides the length and the address of every row."""
+    for width in (VECTOR_BYTES, WORD_BYTES):
+        if linear.shape[-1] % width == 0 and linear.data_ptr() % width == 0:
+            return width
+    return 1
+
+
+def _launch(
+    direction: Literal["swizzle", "unswizzle"],
+    linear: Tensor,
+    swizzled: Tensor,
+    offs: Tensor | None,
+    get_compiled: GetCompiled,
+) -> None:
+    check_num_experts(offs)
+    if linear.shape[-1] == 0 or linear.numel() == swizzled.numel() == 0:
+        return
+    rows = linear.view(torch.uint8).view(-1, linear.shape[-1])
+    config = SwizzleConfig(direction, offs is not None, row_alignment(rows))
+    get_compiled(config)(rows, tiles_view(swizzled), offs, linear.shape[-2])
+
+
+def launch_swizzle(
+    *, sf: Tensor, offs: Tensor | None, swizzled: Tensor, get_compiled: GetCompiled
+) -> None:
+    """swizzled = swizzle_sf(sf, offs), every byte of it written.
+
+    sf: (R, C) or (E, N, C) float8_e4m3fn or uint8, contiguous. offs: (E,) int32 or None.
+    swizzled: (row tiles, ceil(C / 4), 32, 16) of one byte elements, contiguous.
+    get_compiled: from a ``SwizzleConfig`` to what ``build`` returns for it.
+    """
+    _launch("swizzle", sf, swizzled, offs, get_compiled)
+
+
+def launch_unswizzle(
+    *, swizzled: Tensor, offs: Tensor | None, sf: Tensor, get_compiled: GetCompiled
+) -> None:
+    """sf = unswizzle_sf(swizzled, sf.shape, offs), every byte of it written; else as above."""
+    _launch("unswizzle", sf, swizzled, offs, get_compiled)

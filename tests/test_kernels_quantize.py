@@ -1,0 +1,389 @@
+"""The quantize and swizzle kernels: compiled anywhere, run and compared on a GPU."""
+
+import os
+import struct
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nvfp4_ops
+from nvfp4_ops import format as nvfp4
+from nvfp4_ops import reference
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("CUTE_DSL_ARCH", "sm_90a")
+pytest.importorskip("cutlass")
+pytest.importorskip("tvm_ffi")
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Uint32
+from cutlass.cute.runtime import from_dlpack
+
+from nvfp4_ops.kernels import quantize_rows as quantize
+from nvfp4_ops.kernels import swizzle_sf as swizzle
+from nvfp4_ops.kernels.quantize_rows import QuantizeConfig
+from nvfp4_ops.kernels.swizzle_sf import SwizzleConfig
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+NAN, INF = float("nan"), float("inf")
+POISON = 0xAA
+
+QUANTIZE_CONFIGS = [
+    QuantizeConfig(dtype, scale, swizzled, ragged)
+    for dtype in DTYPES
+    for scale in ("tensor", "row", "expert")
+    for swizzled in (False, True)
+    for ragged in (False, True)
+    if ragged or scale != "expert"
+]
+SWIZZLE_CONFIGS = [
+    SwizzleConfig(direction, ragged, row_align)
+    for direction in ("swizzle", "unswizzle")
+    for ragged in (False, True)
+    for row_align in (1, 4, 16)
+]
+
+
+def config_id(config: Any) -> str:
+    values = vars(config).items()
+    return "-".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in values)
+
+
+# --- Compiled without a GPU -------------------------------------------------------------------
+
+
+def build(config: Any, options: str = "") -> Any:
+    module = swizzle if isinstance(config, SwizzleConfig) else quantize
+    return module.build(config, options)
+
+
+def frame_bytes(cubin: bytes) -> Iterator[int]:
+    """Stack frame of each function of a cubin, from the attributes of its .nv.info section."""
+    (section_table,) = struct.unpack_from("<Q", cubin, 0x28)
+    entry_size, count, names_index = struct.unpack_from("<HHH", cubin, 0x3A)
+    headers = [
+        struct.unpack_from("<IIQQQQ", cubin, section_table + i * entry_size) for i in range(count)
+    ]
+    names_at = headers[names_index][4]
+    for name, _, _, _, start, size in headers:
+        end_of_name = cubin.index(b"\0", names_at + name)
+        if cubin[names_at + name : end_of_name] != b".nv.info":
+            continue
+        position = start
+        while position < start + size:
+            kind, attribute, length = struct.unpack_from("<BBH", cubin, position)
+            sized, frame_size = 0x04, 0x11
+            if kind == sized and attribute == frame_size:
+                yield struct.unpack_from("<II", cubin, position + 4)[1]
+            position += 4 + (length if kind == sized else 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests compile and run them")
+@pytest.mark.parametrize("config", [*QUANTIZE_CONFIGS, *SWIZZLE_CONFIGS], ids=config_id)
+def test_kernels_compile_to_exact_arithmetic_in_registers(config: Any, tmp_path: Path) -> None:
+    compiled = build(config, f"--keep-ptx --keep-cubin --dump-dir {tmp_path}")
+    ptx = compiled.__ptx__
+    frames = [
+        size for cubin in tmp_path.glob("*.cubin") for size in frame_bytes(cubin.read_bytes())
+    ]
+    assert frames
+    assert not any(frames)
+    for inexact in (".local", ".ftz", ".approx", "div.full"):
+        assert inexact not in ptx
+    if isinstance(config, SwizzleConfig):
+        assert "st.global.v4" in ptx or "ld.global.v4" in ptx
+    else:
+        blocks = ptx.count("ld.global.v4.b32") / (config.dtype.itemsize * nvfp4.BLOCK_SIZE / 16)
+        assert blocks == quantize.BLOCKS_PER_LANE
+    if isinstance(config, QuantizeConfig):
+        # Reciprocals of the global scale, of its reciprocal, and of each block's scale.
+        assert ptx.count("rcp.rn.f32") == 2 + quantize.BLOCKS_PER_LANE
+        # The only sum is the rounding one: nothing else could be contracted.
+        assert ptx.count("fma.rn.f32") == quantize.BLOCKS_PER_LANE * nvfp4.BLOCK_SIZE
+        assert "add.rn.f32" not in ptx
+        assert "add.f32" not in ptx
+
+
+def test_quantize_config_needs_offs_for_a_scale_per_expert() -> None:
+    with pytest.raises(ValueError, match="ragged"):
+        quantize.QuantizeKernel(QuantizeConfig(torch.bfloat16, "expert", False, False))
+    with pytest.raises(ValueError, match="threads"):
+        quantize.QuantizeKernel(QuantizeConfig(torch.bfloat16, "row", False, False, threads=100))
+    with pytest.raises(ValueError, match="dtype"):
+        quantize.QuantizeKernel(QuantizeConfig(torch.float64, "row", False, False))
+
+
+@cute.jit
+def _minimum(value: Float32, limit: cutlass.Constexpr[float]) -> Float32:
+    result = Float32(limit)
+    # False for NaN: the device's minimum returns the limit for it too.
+    if value < limit:
+        result = value
+    return result
+
+
+@cute.jit
+def _maximum(value: Float32, limit: cutlass.Constexpr[float]) -> Float32:
+    result = Float32(limit)
+    if value > limit:
+        result = value
+    return result
+
+
+class HostOps:
+    """``DeviceOps`` of plain operators, which the DSL also compiles for the host."""
+
+    minimum = staticmethod(_minimum)
+    maximum = staticmethod(_maximum)
+
+    @staticmethod
+    def permute_bytes(low: Uint32, high: Uint32, selector: int) -> Uint32:
+        word = Uint32(0)
+        for byte in range(4):
+            index = (selector >> (4 * byte)) & 7
+            source = low if index < 4 else high
+            word = word | (((source >> (8 * (index % 4))) & Uint32(0xFF)) << (8 * byte))
+        return word
+
+    @staticmethod
+    def add_shifted(first: Uint32, second: Uint32) -> Uint32:
+        return first + second * Uint32(16)
+
+
+@cute.jit
+def _encode_on_host(values: cute.Tensor, words: cute.Tensor, count: Int32):
+    for i in cutlass.range(count):
+        inputs = []
+        for j in cutlass.range_constexpr(8):
+            inputs.append(Float32(values[8 * i + j]))
+        words[i] = Int32(quantize.magnitude_word(inputs, HostOps))
+
+
+def encode_on_host(values: torch.Tensor) -> torch.Tensor:
+    """Codes of fp32 values >= 0 by the kernel's own arithmetic, run on the CPU."""
+    words = torch.empty(values.numel() // 8, dtype=torch.int32)
+    _encode_on_host(from_dlpack(values), from_dlpack(words), Int32(words.numel()))
+    return reference.unpack_codes(words.view(torch.uint8))
+
+
+def test_magnitude_word_rounds_like_the_reference() -> None:
+    """Every bf16, and every fp32 within 4096 steps of a value or tie of e2m1."""
+    every_bf16 = torch.arange(0x8000, dtype=torch.int32) << 16
+    steps = torch.arange(-4096, 4096, dtype=torch.int32)
+    values = torch.tensor(nvfp4.E2M1_VALUES)
+    centers = torch.cat([values[1:], (values[1:] + values[:-1]) / 2, torch.tensor([7.0, 8.0])])
+    near = (centers.view(torch.int32).unsqueeze(-1) + steps).flatten()
+    tiny = torch.arange(8192, dtype=torch.int32)
+    inputs = torch.cat([every_bf16, near, tiny]).view(torch.float32)
+    # All positions in a word.
+    for shift in range(8):
+        shifted = inputs.roll(shift)
+        assert torch.equal(encode_on_host(shifted), reference.encode_e2m1(shifted) & 7)
+
+
+# --- Run on a GPU -----------------------------------------------------------------------------
+
+get_compiled = cache(build)
+
+
+def hard_values(rows: int, columns: int) -> torch.Tensor:
+    """Normal rows, exact ties, zeros, -0, tiny, huge, Inf and NaN."""
+    x = torch.randn(max(rows, 9), columns)
+    x[0] = 0.0
+    x[1] = -0.0
+    x[2] = torch.randint(-12, 13, (columns,)).float() / 2
+    x[3] *= 1e-30
+    x[4] *= 1e30
+    x[5, 3], x[6, 5], x[7, 7] = INF, -INF, NAN
+    x[8] = torch.randint(-(1 << 31), (1 << 31) - 1, (columns,)).int().view(torch.float32)
+    return x[x.shape[0] - rows :]
+
+
+def offs_of(num_rows: int, num_experts: int, end: float = 0.9) -> torch.Tensor:
+    """Random end rows with empty experts among them, and rows of no expert at the end."""
+    ends = torch.randint(0, int(end * num_rows) + 1, (num_experts,)).sort().values.int()
+    if num_experts > 2:
+        ends[num_experts // 2] = ends[num_experts // 2 - 1]
+    return ends
+
+
+def poisoned(shape: tuple[int, ...]) -> torch.Tensor:
+    return torch.full(shape, POISON, dtype=torch.uint8, device="cuda")
+
+
+def check_quantize(
+    x: torch.Tensor, scale: torch.Tensor, offs: torch.Tensor | None, x_cuda: torch.Tensor
+) -> None:
+    num_experts = None if offs is None else offs.shape[0]
+    offs_cuda = None if offs is None else offs.cuda()
+    for swizzled in (False, True):
+        codes, sf = reference.quantize_nvfp4(x, scale, offs, swizzled)
+        codes_cuda, sf_cuda = poisoned(codes.shape), poisoned(sf.shape)
+        quantize.launch_quantize(
+            x=x_cuda,
+            global_scale=scale.cuda(),
+            offs=offs_cuda,
+            codes=codes_cuda,
+            block_scale=sf_cuda.view(torch.float8_e4m3fn),
+            get_compiled=get_compiled,
+        )
+        assert torch.equal(codes_cuda.cpu(), codes), (swizzled, num_experts)
+        assert torch.equal(sf_cuda.cpu(), sf.view(torch.uint8)), (swizzled, num_experts)
+
+
+SHAPES = [(9, 16), (1, 2880), (127, 112), (128, 64), (129, 1040), (300, 2048), (64, 8192)]
+
+
+@pytest.mark.gpu
+@every_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_quantize_kernel_gives_the_bytes_of_the_reference(
+    dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    x = hard_values(*shape).to(dtype)
+    rows = x.shape[0]
+    offs = offs_of(rows, 5)
+    per_row = reference.global_scale(x, per_token=True)
+    for scale in (torch.tensor(0.01), per_row):
+        check_quantize(x, scale, None, x.cuda())
+        check_quantize(x, scale, offs, x.cuda())
+    check_quantize(x, torch.rand(5) * 0.01 + 1e-4, offs, x.cuda())
+
+
+@pytest.mark.gpu
+@every_dtype
+@pytest.mark.parametrize("exponent", [-149, -127, -126, -100, 0, 100, 119, 125, 127])
+def test_quantize_kernel_with_extreme_global_scales(dtype: torch.dtype, exponent: int) -> None:
+    x = hard_values(40, 256)
+    x[10:20] *= 2.0 ** max(min(exponent, 100), -100)
+    x[20:30] *= 2.0**-130
+    x[30:40, ::16] = -INF
+    x = x.to(dtype)
+    for factor in (1.0, 1.7):
+        scale = torch.tensor(factor * 2.0**exponent, dtype=torch.float64).float()
+        check_quantize(x, scale, None, x.cuda())
+    for special in (0.0, INF, NAN, torch.finfo(torch.float32).max):
+        check_quantize(x, torch.tensor(special), None, x.cuda())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_experts", [1, 3, 70, 257, 1024])
+def test_quantize_kernel_with_ragged_rows(num_experts: int) -> None:
+    x = hard_values(700, 208).bfloat16()
+    ends = torch.arange(1, num_experts + 1)
+    cases = [
+        offs_of(700, num_experts),
+        offs_of(700, num_experts, 1.0),
+        torch.full((num_experts,), 700),
+        torch.zeros(num_experts),
+        ends * 700 // num_experts,
+    ]
+    for case in cases:
+        offs = case.int()
+        check_quantize(x, torch.rand(num_experts) * 0.01 + 1e-4, offs, x.cuda())
+        check_quantize(x, torch.tensor(0.003), offs, x.cuda())
+
+
+@pytest.mark.gpu
+def test_quantize_op_with_empty_inputs() -> None:
+    """No rows still have pads to zero; the op leaves these to the reference."""
+    for x, offs in (
+        (torch.empty(0, 64, dtype=torch.bfloat16), None),
+        (torch.empty(0, 64, dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int32)),
+        (torch.empty(4, 0, dtype=torch.bfloat16), None),
+    ):
+        scale = torch.ones(())
+        for swizzled in (False, True):
+            expected = nvfp4_ops.quantize_nvfp4(x, scale, offs, swizzled=swizzled)
+            offs_cuda = None if offs is None else offs.cuda()
+            actual = nvfp4_ops.quantize_nvfp4(x.cuda(), scale.cuda(), offs_cuda, swizzled=swizzled)
+            for a, e in zip(actual, expected, strict=True):
+                assert a.shape == e.shape
+                assert torch.equal(a.cpu().view(torch.uint8), e.view(torch.uint8))
+
+
+@pytest.mark.gpu
+@every_dtype
+def test_quantize_kernel_with_strided_rows(dtype: torch.dtype) -> None:
+    wide = hard_values(200, 400).to(dtype)
+    wide_cuda = wide.cuda()
+    check_quantize(wide[:, 16:336], torch.tensor(0.01), None, wide_cuda[:, 16:336])
+    every_other = wide_cuda[::2, 32:48]
+    check_quantize(wide[::2, 32:48], torch.tensor(0.01), None, every_other)
+    with pytest.raises(ValueError, match="multiples of 16 bytes"):
+        check_quantize(wide[:, 1:17], torch.tensor(0.01), None, wide_cuda[:, 1:17])
+
+
+@pytest.mark.gpu
+@every_dtype
+def test_quantize_kernel_with_many_rows(dtype: torch.dtype) -> None:
+    x = hard_values(12000, 2880).to(dtype)
+    check_quantize(x, reference.global_scale(x, per_token=True), None, x.cuda())
+    check_quantize(x, torch.rand(64) * 0.01 + 1e-4, offs_of(12000, 64), x.cuda())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("columns", [1, 4, 7, 12, 16, 63, 90, 128, 180, 512, 1041])
+@pytest.mark.parametrize("rows", [0, 1, 31, 127, 128, 129, 700])
+def test_swizzle_kernel_gives_the_bytes_of_the_reference(rows: int, columns: int) -> None:
+    sf = torch.randint(0, 256, (rows, columns), dtype=torch.uint8)
+    weights = torch.randint(0, 256, (3, rows, columns), dtype=torch.uint8)
+    cases = [(sf, None), (weights, None)]
+    cases += [(sf, offs_of(rows, experts)) for experts in (1, 5, 300)]
+    cases += [(sf, torch.full((2,), rows, dtype=torch.int32))]
+    for linear, offs in cases:
+        scales = linear.view(torch.float8_e4m3fn)
+        offs_cuda = None if offs is None else offs.cuda()
+        expected = reference.swizzle_sf(scales, offs)
+        swizzled = poisoned(expected.shape)
+        swizzle.launch_swizzle(
+            sf=scales.cuda(), offs=offs_cuda, swizzled=swizzled, get_compiled=get_compiled
+        )
+        assert torch.equal(swizzled.cpu(), expected.view(torch.uint8))
+        back = poisoned(linear.shape)
+        swizzle.launch_unswizzle(
+            swizzled=swizzled, offs=offs_cuda, sf=back, get_compiled=get_compiled
+        )
+        wanted = reference.unswizzle_sf(expected, tuple(linear.shape), offs)
+        assert torch.equal(back.cpu(), wanted.view(torch.uint8))
+
+
+@pytest.mark.gpu
+def test_kernels_replay_in_a_cuda_graph_with_new_offs() -> None:
+    x = torch.randn(300, 256).bfloat16()
+    static_x, offs = x.cuda(), offs_of(300, 6).cuda()
+    shape = nvfp4.swizzled_shape((300, 16), 6)
+    codes, sf = poisoned((300, 128)), poisoned(shape)
+    scale = torch.tensor(0.01)
+
+    def launch() -> None:
+        quantize.launch_quantize(
+            x=static_x,
+            global_scale=scale_cuda,
+            offs=offs,
+            codes=codes,
+            block_scale=sf,
+            get_compiled=get_compiled,
+        )
+
+    scale_cuda = scale.cuda()
+    launch()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    for _ in range(3):
+        new_offs = offs_of(300, 6)
+        offs.copy_(new_offs)
+        codes.fill_(POISON)
+        sf.fill_(POISON)
+        graph.replay()
+        expected = reference.quantize_nvfp4(x, scale, new_offs, True)
+        assert torch.equal(codes.cpu(), expected[0])
+        assert torch.equal(sf.cpu(), expected[1].view(torch.uint8))
