@@ -258,8 +258,7 @@ def expert_tensors(moe: NVFP4MoE, prefix: str) -> dict[str, Tensor]:
     targets = ((moe.first_proj, 0), (moe.first_proj, 1), (moe.down_proj, 0))
     for name, (projection, segment) in zip(PROJECTION_NAMES[0], targets, strict=True):
         codes, block_scale = projection.canonical()
-        num_rows = projection.num_rows // projection.num_segments
-        rows = slice(segment * num_rows, (segment + 1) * num_rows)
+        rows = projection.segment_rows(segment)
         for expert in range(moe.num_experts):
             scale_2 = projection.segment(projection.weight_scale_2)
             parts = {

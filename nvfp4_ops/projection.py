@@ -81,6 +81,11 @@ class ExpertProjection(nn.Module):
         """(E, segments) -> (E,) where there is one segment."""
         return scales.squeeze(1) if self.num_segments == 1 else scales
 
+    def segment_rows(self, segment: int) -> slice:
+        """Weight rows of a segment."""
+        num_rows = self.num_rows // self.num_segments
+        return slice(segment * num_rows, (segment + 1) * num_rows)
+
     def segment(self, scales: Tensor) -> Tensor:
         """Scales of this projection as (E, segments), for indexing."""
         return scales.view(-1, self.num_segments)
@@ -136,8 +141,7 @@ class ExpertProjection(nn.Module):
     def copy_segment(self, expert: int | slice, segment: int, weight: NVFP4Weight) -> None:
         """Write one segment of one expert, or of a slice of them; not when prepacked."""
         assert self.weight_scale is not None
-        num_rows = self.num_rows // self.num_segments
-        rows = slice(segment * num_rows, (segment + 1) * num_rows)
+        rows = self.segment_rows(segment)
         self.weight[expert, rows] = weight.codes.to(self.weight.device)
         # As bytes: not every device can assign float8.
         sf = self.weight_scale.view(torch.uint8)

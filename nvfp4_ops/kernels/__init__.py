@@ -3,13 +3,16 @@
 The architecture is chosen here, once; a file's suffix says which one it is for.
 """
 
+from collections.abc import Callable, Hashable
 from functools import cache
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from nvfp4_ops.kernels import compile_cache, prepack_sm90
+from nvfp4_ops.kernels.limits import MAX_EXPERTS, num_multiprocessors
 from nvfp4_ops.kernels.prepack_sm90 import prepack, prepacked_shape, unpack
 
 __all__ = [
@@ -24,9 +27,6 @@ __all__ = [
     "why_no_grouped_mm",
     "why_no_kernels",
 ]
-
-MAX_EXPERTS = 1024
-
 
 ARCHITECTURE = "sm_90a"
 
@@ -49,14 +49,18 @@ def why_no_elementwise(x: Tensor, num_experts: int = 1) -> str | None:
     """Why the quantize and swizzle kernels can not serve x, or None where they can."""
     if x.numel() == 0:
         return "there is nothing to compute"
+    return _why_not_so_many(num_experts) or why_no_kernels(x.device)
+
+
+def _why_not_so_many(num_experts: int) -> str | None:
     if num_experts > MAX_EXPERTS:
         return f"the kernel takes at most {MAX_EXPERTS} experts, got {num_experts}"
-    return why_no_kernels(x.device)
+    return None
 
 
-@cache
-def _num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _get_compiled(op: str, kernel: ModuleType) -> Callable[[Hashable], Callable[..., object]]:
+    """From a config of the module ``kernel`` to what its ``build`` makes of it, cached."""
+    return lambda config: compile_cache.get(op, config, ARCHITECTURE, lambda: kernel.build(config))
 
 
 def why_no_grouped_mm(
@@ -66,11 +70,9 @@ def why_no_grouped_mm(
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> str | None:
     """Why the grouped mm kernel can not serve these arguments, or None where it can."""
-    reason = why_no_kernels(device)
+    reason = why_no_kernels(device) or _why_not_so_many(num_experts)
     if reason is not None:
         return reason
-    if num_experts > MAX_EXPERTS:
-        return f"the kernel takes at most {MAX_EXPERTS} experts, got {num_experts}"
     if dtype != torch.bfloat16:
         return f"the kernel takes bfloat16 or NVFP4 activations, got {dtype}"
     if out_dtype == torch.float16:
@@ -104,9 +106,7 @@ def grouped_mm(
         row_scale=row_scale is not None,
         bias=bias is not None,
     )
-    compiled = compile_cache.get(
-        "grouped_mm", config, ARCHITECTURE, lambda: grouped_mm_sm90.build(config)
-    )
+    compiled = _get_compiled("grouped_mm", grouped_mm_sm90)(config)
     two_segments = alpha.ndim == 2
     unused = alpha.view(-1)
     compiled(
@@ -119,7 +119,7 @@ def grouped_mm(
         out,
         alpha.shape[1] if two_segments else 1,
         out.shape[1] // 2 if two_segments else prepack_sm90.ROW_PADDING * weight.shape[1],
-        _num_multiprocessors(x.device) * config.blocks_per_sm,
+        num_multiprocessors(x.device) * config.blocks_per_sm,
     )
 
 
@@ -137,9 +137,7 @@ def quantize(
         offs=offs,
         codes=codes,
         block_scale=block_scale,
-        get_compiled=lambda config: compile_cache.get(
-            "quantize", config, ARCHITECTURE, lambda: kernel.build(config)
-        ),
+        get_compiled=_get_compiled("quantize", kernel),
     )
 
 
@@ -151,9 +149,7 @@ def swizzle(sf: Tensor, offs: Tensor | None, swizzled: Tensor) -> None:
         sf=sf.contiguous(),
         offs=offs,
         swizzled=swizzled,
-        get_compiled=lambda config: compile_cache.get(
-            "swizzle", config, ARCHITECTURE, lambda: kernel.build(config)
-        ),
+        get_compiled=_get_compiled("swizzle", kernel),
     )
 
 
@@ -165,7 +161,5 @@ def unswizzle(swizzled: Tensor, offs: Tensor | None, sf: Tensor) -> None:
         swizzled=swizzled.contiguous(),
         offs=offs,
         sf=sf,
-        get_compiled=lambda config: compile_cache.get(
-            "swizzle", config, ARCHITECTURE, lambda: kernel.build(config)
-        ),
+        get_compiled=_get_compiled("swizzle", kernel),
     )

@@ -15,6 +15,7 @@ from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
 from cutlass.cute import AddressSpace
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
+from nvfp4_ops.kernels.limits import MAX_EXPERTS
 from nvfp4_ops.kernels.prepack_sm90 import (
     BLOCK_BYTES,
     BLOCK_COLUMNS,
@@ -23,7 +24,6 @@ from nvfp4_ops.kernels.prepack_sm90 import (
     DECODE_EXPONENT,
 )
 
-MAX_EXPERTS = 1024
 WARP = 32
 WARPGROUP = 128
 # A staged output line: 64 rows of bf16, and 16 bytes so that lines start in different banks.

@@ -7,7 +7,6 @@ is ``nvfp4_ops.reference``'s. Not for weights, which are quantized by another ru
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import cuda.bindings.driver as cuda_driver
@@ -19,6 +18,7 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, mak
 from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
+from nvfp4_ops.kernels.limits import num_multiprocessors
 from nvfp4_ops.kernels.swizzle_sf import (
     ROW_GROUPS,
     VECTOR_BYTES,
@@ -470,11 +470,6 @@ def build(config: QuantizeConfig, options: str = "") -> Callable[..., None]:
     return QuantizeKernel(config).compile(options)
 
 
-@cache
-def _num_multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def why_no_rows(x: Tensor) -> str | None:
     """Why the kernels can not read the rows of x (R, K), or None where they can."""
     if x.shape[1] % nvfp4.BLOCK_SIZE:
@@ -518,7 +513,7 @@ def launch_quantize(
     config = QuantizeConfig(x.dtype, scale, swizzled, offs is not None)
     warps = config.threads // WARP
     sf = tiles_view(block_scale) if swizzled else block_scale.view(torch.uint8)
-    ctas = _num_multiprocessors(x.device) * CTAS_PER_SM
+    ctas = num_multiprocessors(x.device) * CTAS_PER_SM
     row_ctas = nvfp4.ceil_div(max(x.shape[0], sf.shape[0] if swizzled else 0), warps)
     # A row's steps go to CTAs of their own while there are multiprocessors to spare.
     num_steps = nvfp4.ceil_div(nvfp4.num_blocks(x.shape[1]), BLOCKS_PER_STEP)

@@ -17,9 +17,7 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
-
-MAX_EXPERTS = 1024
-"""Ragged kernels keep two words per expert in shared memory."""
+from nvfp4_ops.kernels.limits import MAX_EXPERTS
 
 WARP = 32
 WORD_BYTES, VECTOR_BYTES = 4, 16

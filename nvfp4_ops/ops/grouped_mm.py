@@ -44,6 +44,10 @@ class _Arguments(NamedTuple):
     def n(self) -> int:
         return self.b.shape[1] if self.num_columns is None else self.num_columns
 
+    @property
+    def k(self) -> int:
+        return self.a.shape[1] * (1 if self.sf_a is None else nvfp4.CODES_PER_BYTE)
+
 
 def _check_canonical(b: Tensor, sf_b: Tensor | None) -> int:
     """Canonical weights; returns K."""
@@ -63,13 +67,12 @@ def _check_canonical(b: Tensor, sf_b: Tensor | None) -> int:
 
 def _check_prepacked(arguments: _Arguments) -> int:
     """Prepacked weights; returns K."""
-    a, b, n = arguments.a, arguments.b, arguments.num_columns
+    b, n, k = arguments.b, arguments.num_columns, arguments.k
     if arguments.sf_b is not None:
         raise ValueError("sf_b: must be None with prepacked b, which holds its scales")
     if n is None:
         raise ValueError("num_columns: must be given with prepacked b, which is padded")
     check_multiple("num_columns", "N", n, nvfp4.BLOCK_SIZE)
-    k = a.shape[1] * (1 if arguments.sf_a is None else nvfp4.CODES_PER_BYTE)
     check_multiple("a", "K", k, nvfp4.BLOCK_SIZE)
     shape = kernels.prepacked_shape(b.shape[0], n, k)
     check_shape("b", b, shape, f"weights prepacked from N = {n} and the K = {k} of a")
@@ -172,8 +175,7 @@ def _kernel(*args: Any) -> Tensor:
             return _run_kernel(arguments, act)
         _warn_of_reference(reason)
     if sf_b is None:
-        k = a.shape[1] * (1 if sf_a is None else nvfp4.CODES_PER_BYTE)
-        b, sf_b = kernels.unpack(b, arguments.n, k)
+        b, sf_b = kernels.unpack(b, arguments.n, arguments.k)
     return reference.grouped_scaled_mm(
         a,
         b,
@@ -191,17 +193,15 @@ def _kernel(*args: Any) -> Tensor:
 def _run_kernel(arguments: _Arguments, act: Activation) -> Tensor:
     """The GPU's kernel, after what it does not do itself."""
     a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, _ = arguments
-    n = arguments.n
+    n, k = arguments.n, arguments.k
     if sf_a is not None:
         # Every e2m1 * e4m3 product is exact in bf16.
-        k = a.shape[1] * nvfp4.CODES_PER_BYTE
         if sf_a.ndim == 4:
             sf_a = reference.unswizzle_sf(sf_a, (a.shape[0], nvfp4.num_blocks(k)), offs)
         a = reference.decode_blocks(a, sf_a, torch.bfloat16)
     if sf_b is not None:
         if sf_b.ndim == 4:
-            blocks = nvfp4.num_blocks(b.shape[2] * nvfp4.CODES_PER_BYTE)
-            sf_b = reference.unswizzle_sf(sf_b, (b.shape[0], n, blocks))
+            sf_b = reference.unswizzle_sf(sf_b, (b.shape[0], n, nvfp4.num_blocks(k)))
         b = kernels.prepack(b, sf_b)
     out = a.new_empty((a.shape[0], n), dtype=out_dtype if act.name == "none" else torch.float32)
     kernels.grouped_mm(
