@@ -6,16 +6,14 @@ Every case is checked against float64 on decoded weights before it is timed. Thr
 rotated, past the L2 cache; the time is that of the op in a CUDA graph.
 """
 
-import argparse
-import json
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import nvfp4_ops
+from bench.report import Report, parse_out
 from bench.timing import Ceilings, graph_time_us, measure_ceilings
 
 NUM_EXPERTS = 64
@@ -92,22 +90,14 @@ def run_case(n: int, k: int, rows: int, sets: list[Tensor], raw: tuple[Tensor, T
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    out = parser.parse_args().out
+    out = parse_out(__doc__.splitlines()[0])
     ceilings = measure_ceilings()
-    header = {
-        "command": "python -m bench.grouped_mm",
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "nvfp4_ops": nvfp4_ops.__version__,
-        "ceilings": {name: round(value, 2) for name, value in asdict(ceilings).items()},
-        "num_experts": NUM_EXPERTS,
-    }
-    lines = [f"{name}: {value}" for name, value in header.items()]
-    lines.append("shape | rows per expert | us | TB/s | TFLOP/s | x floor | x faster than bf16")
-    print("\n".join(lines), flush=True)
-    results = []
+    rounded = {name: round(value, 2) for name, value in asdict(ceilings).items()}
+    report = Report(
+        "grouped_mm",
+        {"ceilings": rounded, "num_experts": NUM_EXPERTS},
+        "shape | rows per expert | us | TB/s | TFLOP/s | x floor | x faster than bf16",
+    )
     for n, k in SHAPES:
         raw = random_weights(n, k, 0)
         sets = [nvfp4_ops.prepack_weight(*random_weights(n, k, s)) for s in range(WEIGHT_SETS)]
@@ -117,16 +107,12 @@ def main() -> None:
         ]
         for rows in ROWS_PER_EXPERT:
             result = run_case(n, k, rows, sets, raw, bf16, ceilings)
-            results.append(result)
-            lines.append(
+            report.add(
+                result,
                 f"{n}x{k} | {rows} | {result.time_us} | {result.tb_per_s} | {result.tflop_per_s} "
-                f"| {result.times_floor} | {result.times_bf16}"
+                f"| {result.times_floor} | {result.times_bf16}",
             )
-            print(lines[-1], flush=True)
-    out.mkdir(parents=True, exist_ok=True)
-    document = header | {"results": [asdict(result) for result in results]}
-    (out / "grouped_mm.json").write_text(json.dumps(document, indent=1) + "\n")
-    (out / "grouped_mm.txt").write_text("\n".join(lines) + "\n")
+    report.write(out)
 
 
 if __name__ == "__main__":

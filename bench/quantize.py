@@ -5,16 +5,14 @@
 Outputs are compared with the CPU's bytes on a part of the rows before anything is timed.
 """
 
-import argparse
-import json
 import sys
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import nvfp4_ops
+from bench.report import Report, parse_out
 from bench.timing import graph_time_us, measure_ceilings
 
 SHAPES = ((16384, 2048), (65536, 4096), (32768, 7168))
@@ -75,37 +73,25 @@ def result(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    out = parser.parse_args().out
+    out = parse_out(__doc__.splitlines()[0])
     copy = measure_ceilings().copy_tb_per_s
-    header = {
-        "command": "python -m bench.quantize",
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "nvfp4_ops": nvfp4_ops.__version__,
-        "copy_tb_per_s": round(copy, 2),
-    }
-    lines = [f"{name}: {value}" for name, value in header.items()]
-    lines.append("op | rows x columns | us | TB/s | share of copy")
-    print("\n".join(lines), flush=True)
-    results = []
+    report = Report(
+        "quantize",
+        {"copy_tb_per_s": round(copy, 2)},
+        "op | rows x columns | us | TB/s | share of copy",
+    )
     cases = [
         *(lambda s=s, w=w: quantize_case(*s, w, copy) for s in SHAPES for w in (False, True)),
         *(lambda s=s: swizzle_case(*s, copy) for s in SWIZZLED_SHAPES),
     ]
     for case in cases:
         done = case()
-        results.append(done)
-        lines.append(
+        report.add(
+            done,
             f"{done.op} | {done.rows}x{done.columns} | {done.time_us} | {done.tb_per_s} "
-            f"| {done.share:.1%}"
+            f"| {done.share:.1%}",
         )
-        print(lines[-1], flush=True)
-    out.mkdir(parents=True, exist_ok=True)
-    document = header | {"results": [asdict(done) for done in results]}
-    (out / "quantize.json").write_text(json.dumps(document, indent=1) + "\n")
-    (out / "quantize.txt").write_text("\n".join(lines) + "\n")
+    report.write(out)
 
 
 if __name__ == "__main__":

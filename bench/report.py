@@ -1,0 +1,53 @@
+"""How a benchmark reports: a header with command, GPU and versions, a line a case, and JSON."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import nvfp4_ops
+
+
+def parse_out(description: str) -> Path:
+    """The only option of a benchmark, ``--out DIR``."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    out: Path = parser.parse_args().out
+    return out
+
+
+class Report:
+    """Prints as it goes; ``write`` saves NAME.txt and NAME.json."""
+
+    def __init__(self, name: str, facts: dict[str, Any], columns: str) -> None:
+        self.name = name
+        self.header = {
+            "command": f"python -m bench.{name}",
+            "gpu": torch.cuda.get_device_name(),
+            "torch": torch.__version__,
+            "nvfp4_ops": nvfp4_ops.__version__,
+            **facts,
+        }
+        self.results: list[Any] = []
+        self.lines: list[str] = []
+        for key, value in self.header.items():
+            self._print(f"{key}: {value}")
+        self._print(columns)
+
+    def _print(self, line: str) -> None:
+        self.lines.append(line)
+        print(line, flush=True)
+
+    def add(self, result: Any, line: str) -> None:
+        """A dataclass for the JSON, and its line."""
+        self.results.append(result)
+        self._print(line)
+
+    def write(self, out: Path) -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        document = self.header | {"results": [asdict(result) for result in self.results]}
+        (out / f"{self.name}.json").write_text(json.dumps(document, indent=1) + "\n")
+        (out / f"{self.name}.txt").write_text("\n".join(self.lines) + "\n")
