@@ -109,6 +109,7 @@ class NVFP4MoE(nn.Module):
             intermediate_size * segments,
             hidden_size,
             num_segments=segments,
+            gated=self._fused.gated,
             bias=bias,
             device=device,
             dtype=dtype,

@@ -41,8 +41,10 @@ class ExpertProjection(nn.Module):
     the model. Loading a state dict checks dtypes and input scales rather than casting.
 
     On a GPU whose grouped mm wants prepacked weights, ``prepack`` replaces ``weight`` by those
-    (rank 4, scales within) and drops ``weight_scale``. Moves prepack and unpack by themselves, and
-    the state dict is canonical either way.
+    (rank 4, or 5 where ``gated``; scales within) and drops ``weight_scale``. Moves prepack and
+    unpack by themselves, and the state dict is canonical either way.
+
+    gated: the rows are a gate's and an up projection's, for a fused gated activation.
     """
 
     weight: Tensor
@@ -58,12 +60,14 @@ class ExpertProjection(nn.Module):
         num_columns: int,
         *,
         num_segments: int = 1,
+        gated: bool = False,
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         super().__init__()
         self.num_segments = num_segments
+        self.gated = gated
         self.num_rows, self.num_columns = num_rows, num_columns
         lead = (num_experts, num_rows)
         # Zero codes and scales: without weights loaded the projection multiplies by zero.
@@ -116,7 +120,7 @@ class ExpertProjection(nn.Module):
 
     @property
     def prepacked(self) -> bool:
-        return self.weight.ndim == 4
+        return self.weight.ndim in (kernels.PLAIN_RANK, kernels.GATED_RANK)
 
     def prepack(self) -> None:
         """Prepack if this device's grouped mm gains by it; the canonical tensors are freed."""
@@ -124,7 +128,7 @@ class ExpertProjection(nn.Module):
             return
         if kernels.why_no_grouped_mm(self.weight.device, self.weight.shape[0]) is None:
             assert self.weight_scale is not None
-            self.weight = prepack_weight(self.weight, self.weight_scale)
+            self.weight = prepack_weight(self.weight, self.weight_scale, gated=self.gated)
             self.weight_scale = None
 
     def canonical(self) -> tuple[Tensor, Tensor]:

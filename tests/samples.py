@@ -241,11 +241,11 @@ def _mm_samples() -> list[Sample]:
     ]
 
 
-def _prepacked_mm(num_rows: int) -> tuple[Any, ...]:
+def _prepacked_mm(num_rows: int, *, gated: bool = False) -> tuple[Any, ...]:
     a, b, sf_a, sf_b, alpha, offs = operands(
         _split(num_rows), 32, 48, a_dtype=torch.bfloat16, rows_past_end=0
     )
-    return a, nvfp4_ops.prepack_weight(b, sf_b), sf_a, None, alpha, offs
+    return a, nvfp4_ops.prepack_weight(b, sf_b, gated=gated), sf_a, None, alpha, offs
 
 
 def _prepack_samples() -> list[Sample]:
@@ -256,7 +256,14 @@ def _prepack_samples() -> list[Sample]:
         Sample("prepack_weight", "padded", experts(16, 16)),
         Sample("prepack_weight", "odd", experts(48, 80)),
         Sample("prepack_weight", "whole-tiles", experts(128, 128)),
+        Sample("prepack_weight", "gated", experts(96, 80), {"gated": True}),
         Sample("grouped_scaled_mm", "prepacked", _prepacked_mm, {"num_columns": 32}),
+        Sample(
+            "grouped_scaled_mm",
+            "prepacked-gated",
+            lambda r: _prepacked_mm(r, gated=True),
+            {"num_columns": 32, "activation": "silu_mul"},
+        ),
     ]
 
 

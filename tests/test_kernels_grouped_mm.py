@@ -15,6 +15,7 @@ from nvfp4_ops import kernels
 from nvfp4_ops.kernels import prepack_sm90
 
 SHAPES = [(128, 128), (16, 16), (192, 112), (96, 2880), (320, 256)]
+GATED_SHAPES = [(128, 128), (32, 16), (192, 112), (96, 2880), (320, 256)]
 
 
 def random_weights(num_experts: int, n: int, k: int, *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -29,15 +30,58 @@ def decode(codes: Tensor, sf: Tensor) -> Tensor:
     return nvfp4_ops.dequantize_nvfp4(codes, sf, torch.ones((), device=codes.device))
 
 
-@pytest.mark.parametrize(("n", "k"), SHAPES, ids=str)
-def test_prepack_recovers_every_byte(n: int, k: int) -> None:
+LAYOUTS = [(False, *shape) for shape in SHAPES] + [(True, *shape) for shape in GATED_SHAPES]
+
+
+@pytest.mark.parametrize(("gated", "n", "k"), LAYOUTS, ids=str)
+def test_prepack_recovers_every_byte(gated: bool, n: int, k: int) -> None:
     codes, sf = random_weights(3, n, k)
-    packed = nvfp4_ops.prepack_weight(codes, sf)
+    packed = nvfp4_ops.prepack_weight(codes, sf, gated=gated)
+    assert packed.ndim == (5 if gated else 4)
     assert packed.shape[:1] == (3,)
     assert packed.numel() == 3 * -(-n // 128) * 128 * -(-k // 128) * 128 * 9 // 16
     unpacked, unpacked_sf = kernels.unpack(packed, n, k)
     assert_bytes_equal(unpacked, codes)
     assert_bytes_equal(unpacked_sf.view(torch.uint8), sf.view(torch.uint8))
+
+
+@pytest.mark.parametrize("f", [16, 48, 64, 80, 128], ids=str)
+def test_prepack_gated_pairs_gate_and_up_rows(f: int) -> None:
+    """A gated block is the plain block of its rows in this order; pads are rows of zeros."""
+    codes, sf = random_weights(2, 2 * f, 48)
+    padded_f = -(-f // 64) * 64
+    ordered = codes.new_zeros(2, 2 * padded_f, 24)
+    ordered_sf = codes.new_zeros(2, 2 * padded_f, 3)
+    for block in range(padded_f // 32):
+        for warp in range(4):
+            for g in range(8):
+                gate = 32 * block + 8 * warp + g
+                if gate < f:
+                    packed_row = 64 * block + 16 * warp + g
+                    ordered[:, packed_row], ordered[:, packed_row + 8] = (
+                        codes[:, gate],
+                        codes[:, f + gate],
+                    )
+                    sf_bytes = sf.view(torch.uint8)
+                    ordered_sf[:, packed_row] = sf_bytes[:, gate]
+                    ordered_sf[:, packed_row + 8] = sf_bytes[:, f + gate]
+    plain = nvfp4_ops.prepack_weight(ordered, ordered_sf.view(torch.float8_e4m3fn))
+    gated = nvfp4_ops.prepack_weight(codes, sf, gated=True)
+    assert gated.shape == (2, padded_f // 64, 2, 1, 4608)
+    assert_bytes_equal(gated.flatten(1, 2), plain)
+
+
+@pytest.mark.parametrize(
+    ("n", "gated", "message"),
+    [
+        (24, False, "codes: N must be a multiple of 16, got 24"),
+        (48, True, "codes: N, F gate and F up rows, must be a multiple of 32, got 48"),
+    ],
+    ids=["plain", "gated"],
+)
+def test_prepack_rejects_sizes(n: int, gated: bool, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        nvfp4_ops.prepack_weight(*random_weights(1, n, 32), gated=gated)
 
 
 def test_prepack_keeps_values_of_zero_negative_and_nan_scales() -> None:
@@ -72,12 +116,37 @@ def test_grouped_mm_on_the_cpu_takes_prepacked_weights() -> None:
     assert_bytes_equal(actual, expected)
 
 
+def test_grouped_mm_on_the_cpu_takes_gated_prepacked_weights() -> None:
+    codes, sf = random_weights(4, 96, 80)
+    x, offs = torch.randn(9, 80).bfloat16(), torch.tensor([2, 2, 7, 8], dtype=torch.int32)
+    alpha = torch.rand(4, 2) * 1e-3
+    expected = nvfp4_ops.grouped_scaled_mm(x, codes, None, sf, alpha, offs, activation="silu_mul")
+    for gated in (False, True):
+        packed = nvfp4_ops.prepack_weight(codes, sf, gated=gated)
+        actual = nvfp4_ops.grouped_scaled_mm(
+            x, packed, None, None, alpha, offs, activation="silu_mul", num_columns=96
+        )
+        assert_bytes_equal(actual, expected)
+
+
 PREPACKED_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "scales": ({"sf_b": "linear"}, "sf_b: must be None with prepacked b"),
     "columns": ({"num_columns": None}, "num_columns: must be given with prepacked b"),
     "odd": ({"num_columns": 40}, "num_columns: N must be a multiple of 16, got 40"),
     "other": ({"num_columns": 480}, r"b: must be weights prepacked from N = 480 and the K = 80"),
     "canonical": ({"b": "codes", "sf_b": "linear"}, "num_columns: goes with prepacked b only"),
+    "gated": (
+        {"b": "gated", "num_columns": 96},
+        r"b: weights prepacked with gated=True \(rank 5\) need a gated activation, got 'none'",
+    ),
+    "gated_plain": (
+        {"b": "gated", "num_columns": 192, "activation": "silu_mul"},
+        r"b: must be weights prepacked from N = 192 and the K = 80",
+    ),
+    "gated_odd": (
+        {"b": "gated", "num_columns": 48, "activation": "silu_mul"},
+        "num_columns: N must be a multiple of 32, got 48",
+    ),
     "no_scales": ({"b": "codes", "num_columns": None}, "sf_b: must be given with canonical b"),
 }
 
@@ -87,11 +156,12 @@ PREPACKED_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
 )
 def test_grouped_mm_rejects_mixed_up_prepacked(change: dict[str, Any], message: str) -> None:
     codes, sf = random_weights(4, 48, 80)
+    gated = nvfp4_ops.prepack_weight(*random_weights(4, 96, 80), gated=True)
     arguments = {
         "b": nvfp4_ops.prepack_weight(codes, sf),
         "sf_b": None,
         "num_columns": 48,
-    } | {k: {"linear": sf, "codes": codes}.get(v, v) for k, v in change.items()}
+    } | {k: {"linear": sf, "codes": codes, "gated": gated}.get(v, v) for k, v in change.items()}
     offs = torch.tensor([2, 2, 7, 8], dtype=torch.int32)
     with pytest.raises(ValueError, match=message):
         nvfp4_ops.grouped_scaled_mm(

@@ -311,6 +311,40 @@ def test_moe_state_dict_round_trips() -> None:
     assert torch.equal(copy.deepcopy(source)(*inputs), source(*inputs))
 
 
+def prepack_here(projection: nvfp4_ops.projection.ExpertProjection) -> None:
+    """What ``prepack`` does on a GPU that gains by it."""
+    projection.weight = nvfp4_ops.prepack_weight(
+        projection.weight, projection.weight_scale, gated=projection.gated
+    )
+    projection.weight_scale = None
+
+
+@pytest.mark.parametrize(
+    ("options", "rank"),
+    [({}, 5), ({"activation": "relu2", "gated": False}, 4), ({"activation": torch.tanh}, 4)],
+    ids=["gated", "ungated", "callable"],
+)
+def test_moe_prepacked_computes_saves_and_loads_the_same(
+    options: dict[str, Any], rank: int
+) -> None:
+    if callable(options.get("activation")):
+        options = {"activation": lambda h: torch.tanh(h.chunk(2, dim=-1)[0])}
+    moe, packed = make_moe(**options), make_moe(**options)
+    for projection in packed.projections().values():
+        prepack_here(projection)
+        assert projection.prepacked
+    assert packed.first_proj.weight.ndim == rank
+    assert packed.down_proj.weight.ndim == 4
+    inputs = make_inputs(11)
+    assert torch.equal(packed(*inputs), moe(*inputs))
+    for name, tensor in moe.state_dict().items():
+        saved = packed.state_dict()[name]
+        assert torch.equal(saved.view(torch.uint8), tensor.view(torch.uint8)), name
+    packed.load_state_dict(moe.state_dict())
+    assert not packed.first_proj.prepacked  # the CPU does not gain by it
+    assert torch.equal(packed(*inputs), moe(*inputs))
+
+
 @pytest.mark.parametrize(
     "cast",
     [lambda m: m.to(torch.bfloat16), lambda m: m.half(), lambda m: m.double(), lambda m: m.float()],

@@ -13,9 +13,17 @@ from torch import Tensor
 
 from nvfp4_ops.kernels import compile_cache, prepack_sm90
 from nvfp4_ops.kernels.limits import MAX_EXPERTS, num_multiprocessors
-from nvfp4_ops.kernels.prepack_sm90 import prepack, prepacked_shape, unpack
+from nvfp4_ops.kernels.prepack_sm90 import (
+    GATED_RANK,
+    PLAIN_RANK,
+    prepack,
+    prepacked_shape,
+    unpack,
+)
 
 __all__ = [
+    "GATED_RANK",
+    "PLAIN_RANK",
     "grouped_mm",
     "prepack",
     "prepacked_shape",

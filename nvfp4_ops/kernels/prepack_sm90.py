@@ -2,8 +2,13 @@
 
 A block is 64 rows x 128 columns in 4608 contiguous bytes: one bulk copy brings it, one
 conflict-free 16-byte load a thread fetches the codes of 64 x 64, and four integer operations turn a
-word of eight codes into bf16 operands of wgmma. Prepacked weights are (E, N'/64, K'/128, 4608)
-uint8 with N' and K' padded to multiples of 128.
+word of eight codes into bf16 operands of wgmma. Rows come in one of two orders, and the rank of
+prepacked weights says in which, N' and K' being padded to multiples of 128:
+
+plain, (E, N'/64, K'/128, 4608) uint8: as they are.
+gated, (E, F'/64, 2, K'/128, 4608) uint8: N = 2 F rows, the gate's F and the up projection's F, each
+    padded to F', a multiple of 64. Row 16 w + g of block b is gate row 32 b + 8 w + g, and row
+    16 w + 8 + g its partner, up row 32 b + 8 w + g: both are accumulators of one thread.
 
 Codes: byte (sub * 128 + warp * 32 + lane) * 16 holds, for lane = 4 g + q, the words j = 0..3 of
 rows warp * 16 + {g, g + 8} and columns sub * 64 + j * 16 + {0, 8} + 2 q + {0, 1}. Bits inside a
@@ -27,6 +32,9 @@ CODE_BYTES, SCALE_BYTES = 4096, 512
 BLOCK_BYTES = CODE_BYTES + SCALE_BYTES
 # Tiles of a kernel have one or more blocks of rows; padding to two leaves it the choice.
 ROW_PADDING, COLUMN_PADDING = 128, 128
+# Rows 16 w + 8 r + g of a block, the unit in which wgmma deals them to the registers of a thread.
+ROW_GROUPS, ROW_HALVES, ROWS_PER_GROUP = 4, 2, 8
+PLAIN_RANK, GATED_RANK = 4, 5
 
 DECODE_EXPONENT = 7
 """Operands in registers are value * 2^-7: alpha makes up for it."""
@@ -40,17 +48,44 @@ _SCALE_ZERO, _SCALE_NAN = 0, 0xFF
 _E4M3_EXPONENT_BIAS, _PACKED_EXPONENT_BIAS = 7, 22
 
 
-def padded_size(n: int, k: int) -> tuple[int, int]:
-    """N' and K'."""
+def padded_size(n: int, k: int, *, gated: bool = False) -> tuple[int, int]:
+    """N' and K'; gate and up rows are padded each."""
+    segments = 2 if gated else 1
+    segment_padding = ROW_PADDING // segments
+    padded_segment = nvfp4.ceil_div(n // segments, segment_padding) * segment_padding
     return (
-        nvfp4.ceil_div(n, ROW_PADDING) * ROW_PADDING,
+        segments * padded_segment,
         nvfp4.ceil_div(k, COLUMN_PADDING) * COLUMN_PADDING,
     )
 
 
-def prepacked_shape(num_experts: int, n: int, k: int) -> tuple[int, int, int, int]:
-    padded_n, padded_k = padded_size(n, k)
-    return (num_experts, padded_n // BLOCK_ROWS, padded_k // BLOCK_COLUMNS, BLOCK_BYTES)
+def prepacked_shape(num_experts: int, n: int, k: int, *, gated: bool = False) -> tuple[int, ...]:
+    padded_n, padded_k = padded_size(n, k, gated=gated)
+    row_blocks, column_blocks = padded_n // BLOCK_ROWS, padded_k // BLOCK_COLUMNS
+    if gated:
+        return (num_experts, row_blocks // 2, 2, column_blocks, BLOCK_BYTES)
+    return (num_experts, row_blocks, column_blocks, BLOCK_BYTES)
+
+
+def _pad_rows(rows: Tensor, padded_n: int, padded_columns: int, *, gated: bool) -> Tensor:
+    """(N, C) of one expert -> (N', C') in the order of the blocks."""
+    n, columns = rows.shape
+    segments = 2 if gated else 1
+    padded = rows.new_zeros(segments, padded_n // segments, padded_columns)
+    padded[:, : n // segments, :columns] = rows.view(segments, n // segments, columns)
+    if gated:
+        padded = padded.unflatten(1, (-1, ROW_GROUPS, ROWS_PER_GROUP)).permute(1, 2, 0, 3, 4)
+    return padded.reshape(padded_n, padded_columns)
+
+
+def _crop_rows(padded: Tensor, n: int, columns: int, *, gated: bool) -> Tensor:
+    """Inverse of ``_pad_rows`` for all experts: (E, N', C') -> (E, N, C)."""
+    padded = padded[..., :columns]
+    if not gated:
+        return padded[:, :n]
+    groups = padded.unflatten(1, (-1, ROW_GROUPS, ROW_HALVES, ROWS_PER_GROUP))
+    segments = groups.permute(0, 3, 1, 2, 4, 5).flatten(2, 4)
+    return segments[:, :, : n // 2].flatten(1, 2)
 
 
 def _encode_scales(sf_bytes: Tensor) -> Tensor:
@@ -109,27 +144,33 @@ def _pack_expert(codes: Tensor, sf_bytes: Tensor) -> Tensor:
     )
 
 
-def prepack(codes: Tensor, block_scale: Tensor) -> Tensor:
+def prepack(codes: Tensor, block_scale: Tensor, *, gated: bool = False) -> Tensor:
     """Canonical weights to this layout, expert by expert on their device.
 
-    codes: (E, N, K/2) uint8. block_scale: (E, N, K/16) float8_e4m3fn, linear.
+    codes: (E, N, K/2) uint8. block_scale: (E, N, K/16) float8_e4m3fn, linear. gated: N = 2 F rows
+    in pairs of gate and up.
     """
     num_experts, n, packed_k = codes.shape
     k = packed_k * nvfp4.CODES_PER_BYTE
-    padded_n, padded_k = padded_size(n, k)
-    out = codes.new_empty(prepacked_shape(num_experts, n, k))
+    padded_n, padded_k = padded_size(n, k, gated=gated)
+    out = codes.new_empty(prepacked_shape(num_experts, n, k, gated=gated))
     for expert in range(num_experts):
         low, high = codes[expert] & 15, codes[expert] >> 4
-        padded_codes = codes.new_zeros(padded_n, padded_k)
-        padded_codes[:n, :k] = torch.stack([low, high], dim=-1).flatten(-2)
-        padded_sf = codes.new_zeros(padded_n, nvfp4.num_blocks(padded_k))
-        padded_sf[:n, : nvfp4.num_blocks(k)] = block_scale[expert].view(torch.uint8)
-        out[expert] = _pack_expert(padded_codes, padded_sf)
+        one_a_byte = torch.stack([low, high], dim=-1).flatten(-2)
+        sf_bytes = block_scale[expert].view(torch.uint8)
+        blocks = _pack_expert(
+            _pad_rows(one_a_byte, padded_n, padded_k, gated=gated),
+            _pad_rows(sf_bytes, padded_n, nvfp4.num_blocks(padded_k), gated=gated),
+        )
+        out[expert] = blocks.view(out.shape[1:])
     return out
 
 
 def unpack(prepacked: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
     """Inverse of ``prepack``: codes (E, N, K/2) and block scales (E, N, K/16)."""
+    gated = prepacked.ndim == GATED_RANK
+    if gated:
+        prepacked = prepacked.flatten(1, 2)
     num_experts, row_blocks, column_blocks, _ = prepacked.shape
     code_bytes, scale_bytes = prepacked.split([CODE_BYTES, SCALE_BYTES], dim=-1)
     shape = (num_experts, row_blocks, column_blocks)
@@ -151,9 +192,10 @@ def unpack(prepacked: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
     parts = torch.stack(registers, dim=-2).unflatten(-2, (2, 2))
     parts = parts.permute(0, 1, 4, 9, 5, 2, 3, 7, 8, 6, 10)
     codes = parts.reshape(num_experts, row_blocks * BLOCK_ROWS, column_blocks * BLOCK_COLUMNS)
-    codes = codes[:, :n, :k]
+    codes = _crop_rows(codes, n, k, gated=gated)
     scales = _decode_scales(scale_bytes).reshape(*shape, 4, 8, 4, 2, 2)  # warp, g, group, rh, block
     scales = scales.permute(0, 1, 3, 6, 4, 2, 5, 7)
-    sf = scales.reshape(num_experts, row_blocks * BLOCK_ROWS, -1)[:, :n, : nvfp4.num_blocks(k)]
+    sf = scales.reshape(num_experts, row_blocks * BLOCK_ROWS, -1)
+    sf = _crop_rows(sf, n, nvfp4.num_blocks(k), gated=gated)
     packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
     return packed.contiguous(), sf.contiguous().view(torch.float8_e4m3fn)

@@ -68,13 +68,14 @@ def _check_canonical(b: Tensor, sf_b: Tensor | None) -> int:
 def _check_prepacked(arguments: _Arguments) -> int:
     """Prepacked weights; returns K."""
     b, n, k = arguments.b, arguments.num_columns, arguments.k
+    gated = b.ndim == kernels.GATED_RANK
     if arguments.sf_b is not None:
         raise ValueError("sf_b: must be None with prepacked b, which holds its scales")
     if n is None:
         raise ValueError("num_columns: must be given with prepacked b, which is padded")
-    check_multiple("num_columns", "N", n, nvfp4.BLOCK_SIZE)
+    check_multiple("num_columns", "N", n, nvfp4.BLOCK_SIZE * (2 if gated else 1))
     check_multiple("a", "K", k, nvfp4.BLOCK_SIZE)
-    shape = kernels.prepacked_shape(b.shape[0], n, k)
+    shape = kernels.prepacked_shape(b.shape[0], n, k, gated=gated)
     check_shape("b", b, shape, f"weights prepacked from N = {n} and the K = {k} of a")
     return k
 
@@ -83,7 +84,7 @@ def _check_operands(arguments: _Arguments) -> None:
     """Codes and block scales."""
     a, b, sf_a, sf_b, _, offs = arguments[:6]
     check_dtype("b", b, torch.uint8)
-    if b.ndim == 4:
+    if b.ndim in (kernels.PLAIN_RANK, kernels.GATED_RANK):
         k = _check_prepacked(arguments)
     else:
         check_rank("b", b, 3, "(E, N, K/2) codes")
@@ -126,6 +127,11 @@ def _check(arguments: _Arguments, act: Activation) -> None:
         check_multiple("b", "N, two column segments,", n, 2)
     else:
         check_shape("alpha", alpha, (num_experts,), "(E,) or (E, 2)")
+    if b.ndim == kernels.GATED_RANK and not act.gated:
+        raise ValueError(
+            "b: weights prepacked with gated=True (rank 5) need a gated activation, "
+            f"got {act.name!r}"
+        )
     if act.gated:
         check_multiple("b", "N, gate and up rows,", n, 2)
     if row_scale is not None:
@@ -256,8 +262,9 @@ def grouped_scaled_mm(  # noqa: PLR0913 - the equation has this many terms
     Args:
         a: (R, K / 2) uint8 codes, or (R, K) bf16, fp16 or fp32 with ``sf_a`` None.
         b: (E, N, K / 2) uint8 codes; K a multiple of 16. For a gated activation the gate's N/2
-            rows come first, then the up projection's. Or prepacked (rank 4, ``prepack_weight``):
-            on Hopper anything else is packed anew by every call, which is slow.
+            rows come first, then the up projection's. Or prepacked (``prepack_weight``; rank 4, or
+            rank 5 for gated activations alone): on Hopper anything else is packed anew by every
+            call, which is slow.
         sf_a: float8_e4m3fn (R, K / 16), or swizzled with ``offs`` where ``sf_b`` is swizzled.
         sf_b: float8_e4m3fn (E, N, K / 16), or swizzled (rank 4); None with prepacked ``b``.
         alpha: fp32 (E,), or (E, 2): one for the first N/2 columns, one for the rest.

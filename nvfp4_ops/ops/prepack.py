@@ -15,11 +15,14 @@ from nvfp4_ops.registry import (
 )
 
 
-def _check(codes: Tensor, block_scale: Tensor) -> None:
+def _check(codes: Tensor, block_scale: Tensor, gated: bool) -> None:
     check_rank("codes", codes, 3, "(E, N, K/2)")
     check_dtype("codes", codes, torch.uint8)
     num_experts, n, packed_k = codes.shape
-    check_multiple("codes", "N", n, nvfp4.BLOCK_SIZE)
+    if gated:
+        check_multiple("codes", "N, F gate and F up rows,", n, 2 * nvfp4.BLOCK_SIZE)
+    else:
+        check_multiple("codes", "N", n, nvfp4.BLOCK_SIZE)
     check_multiple("codes", "K/2", packed_k, nvfp4.packed_size(nvfp4.BLOCK_SIZE))
     check_dtype("block_scale", block_scale, torch.float8_e4m3fn)
     linear = (num_experts, n, nvfp4.num_blocks(packed_k * nvfp4.CODES_PER_BYTE))
@@ -27,24 +30,26 @@ def _check(codes: Tensor, block_scale: Tensor) -> None:
     check_same_device("block_scale", block_scale, codes.device)
 
 
-def _fake(codes: Tensor, block_scale: Tensor) -> Tensor:
-    _check(codes, block_scale)
+def _fake(codes: Tensor, block_scale: Tensor, gated: bool = False) -> Tensor:
+    _check(codes, block_scale, gated)
     num_experts, n, packed_k = codes.shape
-    shape = kernels.prepacked_shape(num_experts, n, packed_k * nvfp4.CODES_PER_BYTE)
-    return codes.new_empty(shape)
+    k = packed_k * nvfp4.CODES_PER_BYTE
+    return codes.new_empty(kernels.prepacked_shape(num_experts, n, k, gated=gated))
 
 
-def _kernel(codes: Tensor, block_scale: Tensor) -> Tensor:
-    _check(codes, block_scale)
-    return kernels.prepack(codes, block_scale)
+def _kernel(codes: Tensor, block_scale: Tensor, gated: bool = False) -> Tensor:
+    _check(codes, block_scale, gated)
+    return kernels.prepack(codes, block_scale, gated=gated)
 
 
 _op = register(
-    "prepack_weight(Tensor codes, Tensor block_scale) -> Tensor", fake=_fake, kernel=_kernel
+    "prepack_weight(Tensor codes, Tensor block_scale, bool gated=False) -> Tensor",
+    fake=_fake,
+    kernel=_kernel,
 )
 
 
-def prepack_weight(codes: Tensor, block_scale: Tensor) -> Tensor:
+def prepack_weight(codes: Tensor, block_scale: Tensor, *, gated: bool = False) -> Tensor:
     """Rearrange weights into blocks that Hopper's grouped mm loads and decodes without a shuffle.
 
     Still 4.5 bits a weight, N and K padded to multiples of 128. Values are kept exactly; of the
@@ -54,12 +59,14 @@ def prepack_weight(codes: Tensor, block_scale: Tensor) -> Tensor:
     Args:
         codes: (E, N, K / 2) uint8; N and K multiples of 16.
         block_scale: (E, N, K / 16) float8_e4m3fn, linear.
+        gated: the rows are F gate rows, then F up rows, F a multiple of 16, for a gated activation:
+            pairs of them come to lie together, each 32 gate rows with their 32 up rows.
 
     Returns:
-        (E, N' / 64, K' / 128, 4608) uint8, to be passed as ``b`` of ``grouped_scaled_mm`` with
-        ``sf_b`` None and ``num_columns`` N.
+        (E, N' / 64, K' / 128, 4608) uint8, or with ``gated`` (E, F' / 64, 2, K' / 128, 4608), to be
+        passed as ``b`` of ``grouped_scaled_mm`` with ``sf_b`` None and ``num_columns`` N.
 
     Raises:
         TypeError: another dtype. ValueError: another shape.
     """
-    return _op(codes, block_scale)
+    return _op(codes, block_scale, gated)
