@@ -11,8 +11,9 @@ from compare import assert_bytes_equal
 from torch import Tensor
 
 import nvfp4_ops
-from nvfp4_ops import kernels
+from nvfp4_ops import Activation, kernels
 from nvfp4_ops.kernels import prepack_sm90
+from nvfp4_ops.kernels.grouped_mm_config import GroupedMmConfig, choose_config
 
 SHAPES = [(128, 128), (16, 16), (192, 112), (96, 2880), (320, 256)]
 GATED_SHAPES = [(128, 128), (32, 16), (192, 112), (96, 2880), (320, 256)]
@@ -169,18 +170,30 @@ def test_grouped_mm_rejects_mixed_up_prepacked(change: dict[str, Any], message: 
         )
 
 
+# Instruction WARPGROUP.DEPBAR, without the word that says for how many.
+WGMMA_WAIT = (0x00008000000079C5).to_bytes(8, "little")
+
+PLAIN: dict[str, Any] = {"out_fp32": False, "row_scale": False, "bias": False}
+EPILOGUES: list[dict[str, Any]] = [
+    PLAIN,
+    PLAIN | {"row_scale": True},
+    PLAIN | {"out_fp32": True},
+    {"out_fp32": True, "row_scale": True, "bias": True},
+    {"row_scale": True, "bias": True, "activation": "relu2"},
+    {"activation": "silu_mul", "gated": True, "limit": 7.0},
+    {"row_scale": True, "bias": True, "activation": "gelu_tanh_mul", "gated": True},
+]
+
+
 def shipped_configs() -> list[Any]:
-    try:
-        from nvfp4_ops.kernels import grouped_mm_sm90 as kernel
-    except ImportError:
-        return []
-    names = ("out_fp32", "row_scale", "bias")
-    epilogues = [(False,) * 3, (False, True, False), (True, False, False), (True,) * 3]
-    return [
-        kernel.choose_config(rows, 1, **dict(zip(names, epilogue, strict=True)))
-        for rows in (8, 16, 32, 64, 128)
-        for epilogue in epilogues
-    ]
+    """Every tile that is ever chosen with every kind of epilogue."""
+    tiles = {}
+    for rows in range(1, 130):
+        for blocks in (1, 2, 16, 448):
+            for epilogue in EPILOGUES:
+                config = choose_config(rows, 1, blocks, **epilogue)
+                tiles[str(config)] = config
+    return list(tiles.values())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests compile and run them")
@@ -195,17 +208,20 @@ def test_grouped_mm_compiles_to_register_operands_without_spills(
 
     compiled = grouped_mm_sm90.build(config, f"--keep-ptx --keep-cubin --dump-dir {tmp_path}")
     ptx = compiled.__ptx__
-    frames = [
-        size for cubin in tmp_path.glob("*.cubin") for size in frame_bytes(cubin.read_bytes())
-    ]
+    (cubin,) = (path.read_bytes() for path in tmp_path.glob("*.cubin"))
+    frames = list(frame_bytes(cubin))
     assert frames
     assert not any(frames)
     assert ".local" not in ptx
-    # Eight products of 16 columns a stage; their first operand is a list of registers.
+    # Of each width eight products of 16 columns; their first operand is a list of registers.
     products = re.findall(r"wgmma\.mma_async[^;]*;", ptx)
-    assert len(products) == 8
-    assert all(f".m64n{config.tile_tokens}k16." in product for product in products)
+    assert len(products) == 8 * len(config.widths)
+    for width in config.widths:
+        assert sum(f".m64n{width}k16." in product for product in products) == 8
     assert all(product.count("{") == 2 for product in products)
+    # One wait after each 64 columns and one after the loop: where ptxas can not follow which
+    # registers are in use it waits after every product instead.
+    assert cubin.count(WGMMA_WAIT) == 3 * len(config.widths)
 
 
 # ---- on a GPU
@@ -225,6 +241,18 @@ GPU_CASES: dict[str, dict[str, Any]] = {
     "bias": {"counts": [17, 70, 3], "bias": True, "n": 48},
     "fp32": {"counts": [9, 70, 3], "out_dtype": torch.float32, "n": 144},
     "silu_mul": {"counts": [9, 20, 3], "activation": "silu_mul", "segments": 2, "bias": True},
+    "silu_mul_odd_columns": {"counts": [3, 150, 40], "activation": "silu_mul", "n": 224},
+    "swiglu_oai": {"counts": [9, 70, 3], "activation": "swiglu_oai", "segments": 2, "bias": True},
+    "gelu_tanh_mul_fp32": {
+        "counts": [40, 20, 3],
+        "activation": "gelu_tanh_mul",
+        "row_scale": True,
+        "out_dtype": torch.float32,
+    },
+    "relu2": {"counts": [9, 20, 140], "activation": "relu2", "bias": True, "n": 80},
+    "one_block": {"counts": [40, 0, 90, 200], "n": 48},
+    "three_blocks": {"counts": [40, 0, 90, 200], "n": 192},
+    "all_experts": {"counts": [i % 3 for i in range(1024)], "n": 64, "k": 64},
     "w4a4": {"counts": [9, 20, 3], "w4a4": True, "row_scale": True},
     "large_tile": {"counts": [300, 200, 411], "n": 256, "k": 256, "row_scale": True, "bias": True},
 }
@@ -265,7 +293,8 @@ def gpu_arguments(
 
 def on_gpu(arguments: dict[str, Any], codes: Tensor, sf: Tensor) -> Tensor:
     moved = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    packed = nvfp4_ops.prepack_weight(codes.cuda(), sf.cuda())
+    gated = Activation(arguments.get("activation", "none")).gated
+    packed = nvfp4_ops.prepack_weight(codes.cuda(), sf.cuda(), gated=gated)
     return nvfp4_ops.grouped_scaled_mm(
         b=packed, sf_b=None, num_columns=codes.shape[1], **moved
     ).cpu()
@@ -353,11 +382,39 @@ def test_grouped_mm_kernel_packs_canonical_weights_on_the_fly() -> None:
 
 
 def test_choose_config_covers_all_sizes() -> None:
-    pytest.importorskip("cutlass")
-    from nvfp4_ops.kernels.grouped_mm_sm90 import choose_config
+    assert choose_config(1, 128, 32).tile_tokens == 8
+    assert choose_config(1024, 128, 32).tile_tokens == 16
+    assert choose_config(2048, 128, 32).tile_tokens == 32
+    assert choose_config(3 * 8192, 8, 32, out_fp32=True, row_scale=True).tile_tokens == 96
+    assert choose_config(8192 * 8, 8, 32).tile_tokens == 128
+    assert choose_config(1, 1, 32, bias=True) == replace(choose_config(1, 1, 32), bias=True)
 
-    flags = {"out_fp32": False, "row_scale": False, "bias": False}
-    assert choose_config(1, 128, **flags).tile_tokens == 8
-    assert choose_config(2048, 128, **flags).tile_tokens == 16
-    assert choose_config(8192 * 8, 8, **flags).tile_tokens == 128
-    assert replace(choose_config(1, 1, **flags), bias=True) != choose_config(1, 1, **flags)
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tile_tokens": 24}, "tile_tokens: must be 8 or a multiple of 16 up to 128, got 24"),
+        ({"tile_tokens": 144}, "tile_tokens: must be 8 or a multiple of 16 up to 128, got 144"),
+        ({"warpgroups": 8}, "warpgroups: must be 1 to 7, got 8"),
+        ({"cluster": 3}, "cluster: must be 1 or 2, and 1 for 8 tokens, got 3"),
+        ({"tile_tokens": 8, "cluster": 2}, "cluster: must be 1 or 2, and 1 for 8 tokens, got 2"),
+    ],
+)
+def test_grouped_mm_config_rejects(changes: dict[str, int], message: str) -> None:
+    sizes = {"tile_tokens": 16, "warpgroups": 2, "stages": 4, "blocks_per_sm": 1}
+    with pytest.raises(ValueError, match=message):
+        GroupedMmConfig(**(sizes | changes))
+
+
+@pytest.mark.parametrize("rows", [1, 7, 130, 5000])
+@pytest.mark.parametrize("blocks", [1, 5, 32])
+def test_grouped_mm_grid_covers_every_tile_in_whole_clusters(rows: int, blocks: int) -> None:
+    """Against the tiles of the worst routing: one row each, the rest on one expert."""
+    config = GroupedMmConfig(16, warpgroups=2, stages=4, blocks_per_sm=1, cluster=2)
+    experts = 8
+    touched = min(experts, rows)
+    worst = touched - 1 + -(-(rows - touched + 1) // 16)
+    grid = config.grid(rows, experts, blocks, num_multiprocessors=132)
+    assert grid % 2 == 0
+    assert 2 <= grid <= 132
+    assert grid >= min(132, 2 * worst * -(-blocks // 4))

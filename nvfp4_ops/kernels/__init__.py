@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_ops.kernels import compile_cache, prepack_sm90
+from nvfp4_ops.kernels.grouped_mm_config import choose_config
 from nvfp4_ops.kernels.limits import MAX_EXPERTS, num_multiprocessors
 from nvfp4_ops.kernels.prepack_sm90 import (
     GATED_RANK,
@@ -97,26 +98,37 @@ def grouped_mm(
     *,
     row_scale: Tensor | None = None,
     bias: Tensor | None = None,
+    activation: str = "none",
+    limit: float | None = None,
 ) -> None:
-    """out[r, n] = alpha[e, segment(n)] * row_scale[r] * sum_k x[r, k] W[e, n, k] + bias[e, n].
+    """out[r, n] = act(alpha[e, segment(n)] * row_scale[r] * sum_k x[r, k] W[e, n, k] + bias[e, n]).
 
-    x: (R, K) bf16, contiguous. weight: prepacked. offs: (E,) int32. alpha: fp32 (E,) or (E, 2).
-    out: (R, N) bf16 or fp32, contiguous, written whole. row_scale: (R,) fp32. bias: (E, N) fp32.
+    x: (R, K) bf16, contiguous. weight: prepacked; rank 5 for gated activations, else rank 4.
+    offs: (E,) int32. alpha: fp32 (E,) or (E, 2). out: (R, N), or (R, N / 2) where gated, bf16 or
+    fp32, contiguous, written whole. row_scale: (R,) fp32. bias: (E, N) fp32.
     """
     from nvfp4_ops.kernels import grouped_mm_sm90
 
     if x.shape[0] == 0:
         return
-    config = grouped_mm_sm90.choose_config(
+    gated = weight.ndim == GATED_RANK
+    num_experts, column_blocks = weight.shape[0], weight.shape[-2]
+    weight = weight.view(num_experts, -1, column_blocks, prepack_sm90.BLOCK_BYTES)
+    config = choose_config(
         x.shape[0],
-        weight.shape[0],
+        num_experts,
+        weight.shape[1],
         out_fp32=out.dtype == torch.float32,
         row_scale=row_scale is not None,
         bias=bias is not None,
+        activation=activation,
+        gated=gated,
+        limit=limit,
     )
     compiled = _get_compiled("grouped_mm", grouped_mm_sm90)(config)
-    two_segments = alpha.ndim == 2
     unused = alpha.view(-1)
+    # Columns of the first segment; gated weights have both in one block.
+    two_segments = alpha.ndim == 2 and not gated
     compiled(
         weight,
         x,
@@ -125,9 +137,9 @@ def grouped_mm(
         unused if row_scale is None else row_scale,
         unused if bias is None else bias.view(-1),
         out,
-        alpha.shape[1] if two_segments else 1,
-        out.shape[1] // 2 if two_segments else prepack_sm90.ROW_PADDING * weight.shape[1],
-        num_multiprocessors(x.device) * config.blocks_per_sm,
+        alpha.shape[1] if alpha.ndim == 2 else 1,
+        out.shape[1] // 2 if two_segments else prepack_sm90.BLOCK_ROWS * weight.shape[1],
+        config.grid(x.shape[0], num_experts, weight.shape[1], num_multiprocessors(x.device)),
     )
 
 

@@ -6,98 +6,54 @@ word of eight codes.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import cuda.bindings.driver as cuda_driver
 import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
-from cutlass.cute import AddressSpace
 from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
+from nvfp4_ops.kernels.grouped_mm_config import GroupedMmConfig
+from nvfp4_ops.kernels.grouped_mm_epilogue_sm90 import (
+    Epilogue,
+    EpilogueArguments,
+    SplitReduction,
+    TileOfExpert,
+    columns_of_block,
+    load_16_bytes,
+    ptx,
+    staging_bytes,
+    zero_tail,
+)
 from nvfp4_ops.kernels.limits import MAX_EXPERTS
 from nvfp4_ops.kernels.prepack_sm90 import (
     BLOCK_BYTES,
     BLOCK_COLUMNS,
     BLOCK_ROWS,
     CODE_BYTES,
-    DECODE_EXPONENT,
 )
+from nvfp4_ops.kernels.ragged_tile_list import RaggedTileList
 
 WARP = 32
 WARPGROUP = 128
-# A staged output line: 64 rows of bf16, and 16 bytes so that lines start in different banks.
-LINE_BYTES = BLOCK_ROWS * 2 + 16
+# A box of x: the 128 bytes of a row that a swizzle pattern spans.
+BOX_COLUMNS = 64
 EVICT_FIRST = 0x12F0000000000000
 
 
-@dataclass(frozen=True)
-class GroupedMmConfig:
-    """Static configuration of the kernel.
-
-    tile_tokens: token columns of a tile, 8 to 128, a multiple of 8.
-    warpgroups: consumer warpgroups; each owns 64 weight rows of a tile.
-    stages: depth of the shared-memory pipeline; a stage is 128 columns.
-    blocks_per_sm: persistent CTAs on each multiprocessor.
-    out_fp32: write fp32 rather than bf16.
-    row_scale, bias: whether the epilogue has them.
-    """
-
-    tile_tokens: int
-    warpgroups: int
-    stages: int
-    blocks_per_sm: int
-    out_fp32: bool = False
-    row_scale: bool = False
-    bias: bool = False
-
-    def __post_init__(self) -> None:
-        if self.tile_tokens not in (8, 16, 32, 64, 128):
-            raise ValueError(f"tile_tokens: must be 8, 16, 32, 64 or 128, got {self.tile_tokens}")
-        if self.warpgroups not in (1, 2, 4):
-            raise ValueError(f"warpgroups: must be 1, 2 or 4, got {self.warpgroups}")
-
-
-# Rows per touched expert up to which a tile is the best (H200, 64 experts of 2048 x 2048: 3.52,
-# 3.55, 3.10, 2.65 TB/s at 1, 16, 32, 64 rows, 642 TFLOP/s at 256).
-_LADDER = (
-    (8, dict(tile_tokens=8, warpgroups=2, stages=8, blocks_per_sm=2)),
-    (16, dict(tile_tokens=16, warpgroups=2, stages=6, blocks_per_sm=2)),
-    (32, dict(tile_tokens=32, warpgroups=2, stages=5, blocks_per_sm=2)),
-    (64, dict(tile_tokens=64, warpgroups=2, stages=3, blocks_per_sm=2)),
-    (1 << 30, dict(tile_tokens=128, warpgroups=2, stages=4, blocks_per_sm=1)),
-)
-
-
-def choose_config(
-    num_rows: int, num_experts: int, *, out_fp32: bool, row_scale: bool, bias: bool
-) -> GroupedMmConfig:
-    """Configuration for static sizes: the tile that fits the rows of an evenly loaded expert."""
-    rows_per_expert = -(-num_rows // max(1, min(num_experts, num_rows)))
-    tile = next(tile for limit, tile in _LADDER if rows_per_expert <= limit)
-    if tile["tile_tokens"] == 64 and (out_fp32 or row_scale or bias):
-        # Two CTAs leave 85 registers a thread, and this epilogue spills.
-        tile = tile | dict(stages=6, blocks_per_sm=1)
-    return GroupedMmConfig(**tile, out_fp32=out_fp32, row_scale=row_scale, bias=bias)
-
-
-def _ptx(code: str, *args):
-    return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=list(args))
-
-
 def _lop3(a, b, c, table: int):
-    return _ptx(f"lop3.b32 {{$w0}}, {{$r0}}, {{$r1}}, {{$r2}}, {table};", a, b, c)
+    return ptx(f"lop3.b32 {{$w0}}, {{$r0}}, {{$r1}}, {{$r2}}, {table};", a, b, c)
 
 
 def _register(value: int):
     """A constant that stays in a register, so that one lop3 can take two of them."""
-    return _ptx(f"mov.b32 {{$w0}}, {value};")
+    return ptx(f"mov.b32 {{$w0}}, {value};")
 
 
 def _multiply_by_half(a, scales, half: int):
     """bf16x2 a times one half of ``scales``, splatted; ptxas folds the splat into HMUL2."""
     part = "lh"[half]
-    return _ptx(
+    return ptx(
         "{.reg .b16 l,h; .reg .b32 t; mov.b32 {l,h}, {$r1}; "
         f"mov.b32 t, {{{part},{part}}}; "
         "mul.rn.bf16x2 {$w0}, {$r0}, t;}",
@@ -109,7 +65,7 @@ def _multiply_by_half(a, scales, half: int):
 def _decode_word(word, scales, out, base: int):
     """Eight codes (four of row g, four of row g + 8) to four bf16x2 operand registers."""
     mask = Uint32(0x81C081C0)
-    rotated = _ptx("shf.l.wrap.b32 {$w0}, {$r0}, {$r0}, 28;", word)
+    rotated = ptx("shf.l.wrap.b32 {$w0}, {$r0}, {$r0}, 28;", word)
     merged = ((word << Uint32(2)) & Uint32(0x80C080C0)) | ((word >> Uint32(6)) & Uint32(0x01000100))
     out[base + 0] = _multiply_by_half(word & mask, scales, 0)
     out[base + 1] = _multiply_by_half((word << Uint32(6)) & mask, scales, 1)
@@ -117,32 +73,37 @@ def _decode_word(word, scales, out, base: int):
     out[base + 3] = _multiply_by_half(merged, scales, 1)
 
 
-def _load_16_bytes(pointer, out):
-    # make_ptr asserts the alignment; Pointer.align would round the address up at run time.
-    aligned = cute.make_ptr(Uint32, pointer.toint(), AddressSpace.smem, assumed_align=16)
-    cute.autovec_copy(cute.make_tensor(aligned, cute.make_layout(4)), out)
-
-
 class GroupedMmSm90:
-    """out[r, n] = alpha[e, segment(n)] * row_scale[r] * sum_k x[r, k] W[e, n, k] + bias[e, n].
+    """out[r, n] = act(alpha[e, segment(n)] * row_scale[r] * sum_k x[r, k] W[e, n, k] + bias[e, n]).
 
-    Persistent CTAs walk the tiles (64 * warpgroups weight rows x tile_tokens rows of one expert);
-    the tile list comes from ``offs`` by a scan in shared memory, so that the host never waits.
+    Persistent clusters walk the tiles of ``RaggedTileList`` (64 * warpgroups * cluster weight rows
+    x tile_tokens rows of one expert). The CTAs of a cluster take weight rows side by side and share
+    x: each loads its part of a tile's rows and multicasts it.
 
     Warps 0 .. 4 W - 1: consumers. A warpgroup decodes its 64 x 128 weights of a stage and
     multiplies by wgmma, 64 columns at a time, the other 64 being decoded meanwhile.
     Warp 4 W: producer. One bulk copy a block of weights, two TMA boxes of x.
-    full[stage]: 1 arrival (producer) + bytes. empty[stage]: 4 W arrivals (one a consumer warp).
+    full[stage]: 1 arrival (producer) + bytes, x from every CTA of the cluster.
+    empty[stage]: 4 W arrivals (one a consumer warp) from every CTA of the cluster, as its producer
+    overwrites x in all of them.
+
+    The last tile of rows may have fewer blocks than warpgroups: the others compute on what is
+    there and store nothing. Nothing is read or written for good before the kernel ahead is complete
+    (griddepcontrol), so that this one's launch and set-up overlap with it.
 
     Limits: E <= 1024; x rows are 16-byte aligned.
     """
 
     def __init__(self, config: GroupedMmConfig) -> None:
         self.config = config
-        self.tile_rows = BLOCK_ROWS * config.warpgroups
         self.weight_bytes = BLOCK_BYTES * config.warpgroups
         self.x_bytes = config.tile_tokens * BLOCK_COLUMNS * 2
+        # 128-column blocks of a stage, of which x has two boxes each.
+        self.column_blocks = config.warpgroups if config.split_k else 1
         self.num_threads = WARPGROUP * config.warpgroups + WARP
+        self.tiles = RaggedTileList(config.tile_tokens, self.num_threads)
+        self.staging_bytes = config.row_blocks * staging_bytes(config)
+        self.columns = columns_of_block(config)
 
     @cute.jit
     def __call__(
@@ -155,32 +116,30 @@ class GroupedMmSm90:
         bias: cute.Tensor,
         out: cute.Tensor,
         alpha_stride: Int32,
-        segment_rows: Int32,
+        segment_columns: Int32,
         grid: Int32,
         stream: cuda_driver.CUstream,
     ):
         config = self.config
         atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
         x_layout = cute.tile_to_shape(
-            atom, (config.tile_tokens, 64, 2 * config.stages), order=(0, 1, 2)
+            atom,
+            (config.tile_tokens, BOX_COLUMNS, 2 * self.column_blocks * config.stages),
+            order=(0, 1, 2),
         )
+        if cutlass.const_expr(config.cluster == 1):
+            copy = cpasync.CopyBulkTensorTileG2SOp()
+        else:
+            copy = cpasync.CopyBulkTensorTileG2SMulticastOp()
         tma_x, tma_tensor_x = cpasync.make_tiled_tma_atom(
-            cpasync.CopyBulkTensorTileG2SOp(),
+            copy,
             x,
             cute.select(x_layout, mode=[0, 1]),
-            (config.tile_tokens, 64),
-        )
-        op = warpgroup.MmaF16BF16Op(
-            BFloat16,
-            Float32,
-            (BLOCK_ROWS, config.tile_tokens, 16),
-            warpgroup.OperandSource.RMEM,
-            OperandMajorMode.K,
-            OperandMajorMode.K,
+            (config.tile_tokens, BOX_COLUMNS),
+            num_multicast=config.cluster,
         )
         num_experts, row_blocks, column_blocks, _ = weight.shape
         self.kernel(
-            cute.make_tiled_mma(op, (1, 1, 1)),
             tma_x,
             tma_tensor_x,
             x_layout,
@@ -196,20 +155,21 @@ class GroupedMmSm90:
             Int32(row_blocks),
             Int32(column_blocks),
             alpha_stride,
-            segment_rows,
+            segment_columns,
         ).launch(
             grid=[grid, 1, 1],
             block=[self.num_threads, 1, 1],
+            cluster=[config.cluster, 1, 1],
             min_blocks_per_mp=config.blocks_per_sm,
             # Without it the compiler asks a driver for the limit, and there may be none.
             preferred_smem_carveout=100,
+            use_pdl=True,
             stream=stream,
         )
 
     @cute.kernel
     def kernel(
         self,
-        tiled_mma: cute.TiledMma,
         tma_x: cute.CopyAtom,
         mX: cute.Tensor,
         x_layout: cute.ComposedLayout,
@@ -225,7 +185,7 @@ class GroupedMmSm90:
         row_blocks: Int32,
         column_blocks: Int32,
         alpha_stride: Int32,
-        segment_rows: Int32,
+        segment_columns: Int32,
     ):
         config = self.config
         stages = config.stages
@@ -236,359 +196,354 @@ class GroupedMmSm90:
             BFloat16, x_layout.outer, byte_alignment=1024, swizzle=x_layout.inner
         )
         sW = smem.allocate_array(Uint8, self.weight_bytes * stages, byte_alignment=128)
-        out_bytes = config.warpgroups * config.tile_tokens * LINE_BYTES
-        sOut = smem.allocate_array(Uint8, out_bytes, byte_alignment=128)
+        reduction_bytes = SplitReduction(config, config.tile_tokens).num_bytes
+        sOut = smem.allocate_array(
+            Uint8, max(16, self.staging_bytes + reduction_bytes), byte_alignment=128
+        )
         full = smem.allocate_array(Int64, stages, byte_alignment=8)
         empty = smem.allocate_array(Int64, stages, byte_alignment=8)
-        sEnd = smem.allocate_tensor(Int32, cute.make_layout(MAX_EXPERTS), byte_alignment=16)
+        sRowEnd, sTileEnd = self.tiles.allocate(smem)
 
         if warp == 0:
             cpasync.prefetch_descriptor(tma_x)
         if tid == 0:
             for stage in cutlass.range_constexpr(stages):
                 cute.arch.mbarrier_init(full + stage, 1)
-                cute.arch.mbarrier_init(empty + stage, 4 * config.warpgroups)
+                cute.arch.mbarrier_init(empty + stage, 4 * config.warpgroups * config.cluster)
             cute.arch.mbarrier_init_fence()
+        if cutlass.const_expr(config.cluster > 1):
+            # The other CTAs may not multicast here before the barriers are there.
+            cute.arch.cluster_arrive()
         mOffs = cute.make_tensor(offs, cute.make_layout(MAX_EXPERTS))
-        row_tiles = row_blocks // config.warpgroups
-        expert_groups = (num_experts + WARP - 1) // WARP
+        tile_blocks = config.row_blocks * config.cluster
+        # Blocks of padding alone are not worth reading.
+        used_blocks = (num_columns + (self.columns - 1)) // self.columns
+        row_tiles = (used_blocks + (tile_blocks - 1)) // tile_blocks
+        guessed_tiles = self.tiles.scan(mOffs, sRowEnd, sTileEnd, num_experts, row_tiles)
         if warp == 0:
-            self._scan_tiles(mOffs, sEnd, num_experts, expert_groups, row_tiles)
-        cute.arch.sync_threads()
-        num_tiles = sEnd[expert_groups * WARP - 1]
+            self._prefetch(
+                weight, sRowEnd, sTileEnd, guessed_tiles,
+                num_experts, row_tiles, row_blocks, used_blocks, column_blocks,
+            )  # fmt: skip
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        num_tiles = self.tiles.scan(mOffs, sRowEnd, sTileEnd, num_experts, row_tiles)
+        if cutlass.const_expr(config.cluster > 1):
+            cute.arch.cluster_wait()
 
         if warp == 4 * config.warpgroups:
             self._produce(
-                tma_x, mX, sX, sW, full, empty, weight, mOffs, sEnd,
-                num_tiles, expert_groups, row_blocks, column_blocks,
+                tma_x, mX, sX, sW, full, empty, weight, sRowEnd, sTileEnd,
+                num_tiles, row_blocks, used_blocks, column_blocks,
             )  # fmt: skip
         else:
             self._consume(
-                tiled_mma, sX, sW, sOut, full, empty, mOffs, sEnd, alpha, row_scale, bias, out,
-                num_tiles, expert_groups, row_tiles, column_blocks, num_columns,
-                alpha_stride, segment_rows,
+                sX, sW, sOut, full, empty, sRowEnd, sTileEnd,
+                EpilogueArguments(
+                    alpha, row_scale, bias, out, num_columns, alpha_stride, segment_columns
+                ),
+                num_tiles, column_blocks,
             )  # fmt: skip
-        self._zero_tail(out, mOffs[num_experts - 1], num_rows, num_columns)
+        zero_tail(
+            out, sRowEnd[num_experts - 1], num_rows, num_columns, config.out_fp32, self.num_threads
+        )
+        if cutlass.const_expr(config.cluster > 1):
+            # A CTA that is gone can be neither written nor signalled to.
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
 
     @cute.jit
-    def _scan_tiles(self, mOffs, sEnd, num_experts, expert_groups, row_tiles):
-        """sEnd[e] = tiles of experts 0 .. e; one warp, 32 experts a step."""
-        lane = cute.arch.lane_idx()
-        before = Int32(0)
-        for group in cutlass.range(expert_groups, unroll=1):
-            expert = group * WARP + lane
-            count = Int32(0)
-            if expert < num_experts:
-                start = Int32(0)
-                if expert > 0:
-                    start = mOffs[expert - 1]
-                tokens = mOffs[expert] - start
-                token_tiles = (tokens + (self.config.tile_tokens - 1)) // self.config.tile_tokens
-                count = token_tiles * row_tiles
-            for step in cutlass.range_constexpr(5):
-                below = cute.arch.shuffle_sync_up(count, 1 << step, mask_and_clamp=0)
-                if lane >= (1 << step):
-                    count = count + below
-            count = count + before
-            sEnd[expert] = count
-            before = cute.arch.shuffle_sync(count, WARP - 1)
+    def _first_tile(self):
+        """Tile and stride of this CTA's cluster, and the CTA's rank in it."""
+        bid, _, _ = cute.arch.block_idx()
+        grid, _, _ = cute.arch.grid_dim()
+        if cutlass.const_expr(self.config.cluster == 1):
+            return Int32(bid), Int32(grid), Int32(0)
+        rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
+        return Int32(bid) // self.config.cluster, Int32(grid) // self.config.cluster, rank
 
     @cute.jit
-    def _locate(self, tile, mOffs, sEnd, expert_groups):
-        """Expert of a tile, the tile's index inside it, its first row and its number of rows."""
-        lane = cute.arch.lane_idx()
-        expert = Int32(0)
-        for group in cutlass.range(expert_groups, unroll=1):
-            passed = cute.arch.vote_ballot_sync(sEnd[group * WARP + lane] <= tile)
-            expert = expert + cute.arch.popc(passed)
-        first_tile, first_row = Int32(0), Int32(0)
-        if expert > 0:
-            first_tile = sEnd[expert - 1]
-            first_row = mOffs[expert - 1]
-        return expert, tile - first_tile, first_row, mOffs[expert] - first_row
+    def _prefetch(
+        self, weight, sRowEnd, sTileEnd, num_tiles,
+        num_experts, row_tiles, row_blocks, used_blocks, column_blocks,
+    ):  # fmt: skip
+        """Bring the first tile's first stages to the L2 cache while the kernel ahead still runs.
+
+        Of what that kernel writes nothing can be relied on, least of all ``offs``: a stale one
+        costs some bandwidth, and the weights are read again later. Hence L2, and hence the bounds.
+        """
+        config = self.config
+        tile, _, rank = self._first_tile()
+        if tile < num_tiles:
+            _, expert, row_tile, _, _ = self.tiles.locate(tile, Int32(0), sRowEnd, sTileEnd)
+            expert = cutlass.min(expert, num_experts - 1)
+            row_tile = cutlass.max(cutlass.min(row_tile, row_tiles - 1), 0)
+            block = (row_tile * config.cluster + rank) * config.row_blocks + cute.arch.lane_idx()
+            if cute.arch.lane_idx() < config.row_blocks and block < used_blocks:
+                first = Int64(expert) * Int64(row_blocks) + Int64(block)
+                cute.arch.inline_ptx(
+                    "cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};",
+                    read_only_args=[
+                        weight.toint() + first * (Int64(column_blocks) * BLOCK_BYTES),
+                        cutlass.min(column_blocks, config.stages * self.column_blocks)
+                        * BLOCK_BYTES,
+                    ],
+                )
 
     @cute.jit
     def _produce(
-        self, tma_x, mX, sX, sW, full, empty, weight, mOffs, sEnd,
-        num_tiles, expert_groups, row_blocks, column_blocks,
+        self, tma_x, mX, sX, sW, full, empty, weight, sRowEnd, sTileEnd,
+        num_tiles, row_blocks, used_blocks, column_blocks,
     ):  # fmt: skip
         config = self.config
-        tokens = config.tile_tokens
-        tile, _, _ = cute.arch.block_idx()
-        grid, _, _ = cute.arch.grid_dim()
-        tile = Int32(tile)
-        stage, phase = Int32(0), Int32(1)
+        tile, stride, rank = self._first_tile()
+        block_stride = Int64(column_blocks) * BLOCK_BYTES
+        stage, phase, group = Int32(0), Int32(1), Int32(0)
         while tile < num_tiles:
-            expert, rest, first_row, num_tokens = self._locate(tile, mOffs, sEnd, expert_groups)
-            token_tiles = (num_tokens + (tokens - 1)) // tokens
-            row_tile = rest // token_tiles
-            token_tile = rest - row_tile * token_tiles
+            group, expert, row_tile, first_row, _ = self.tiles.locate(
+                tile, group, sRowEnd, sTileEnd
+            )
             gX = cute.local_tile(
-                cute.domain_offset((first_row + token_tile * tokens, 0), mX),
-                (tokens, 64),
+                cute.domain_offset((first_row, 0), mX),
+                (config.tile_tokens, BOX_COLUMNS),
                 (0, None),
             )
             tXsX, tXgX = cpasync.tma_partition(
                 tma_x,
-                0,
-                cute.make_layout(1),
+                rank,
+                cute.make_layout(config.cluster),
                 cute.group_modes(sX, 0, 2),
                 cute.group_modes(gX, 0, 2),
             )
-            block_row = Int64(expert) * Int64(row_blocks) + Int64(row_tile * config.warpgroups)
-            block_stride = Int64(column_blocks) * BLOCK_BYTES
-            base = weight.toint() + block_row * block_stride
-            for column in cutlass.range(column_blocks, unroll=1):
+            first_block = (row_tile * config.cluster + rank) * config.row_blocks
+            num_blocks = cutlass.min(cutlass.max(used_blocks - first_block, 0), config.row_blocks)
+            base = weight.toint() + (
+                Int64(expert) * Int64(row_blocks) + Int64(first_block)
+            ) * block_stride
+            for column in cutlass.range(0, column_blocks, self.column_blocks, unroll=1):
                 cute.arch.mbarrier_wait(empty + stage, phase)
+                num_columns = Int32(1)
+                if cutlass.const_expr(config.split_k):
+                    num_columns = cutlass.min(column_blocks - column, self.column_blocks)
                 with cute.arch.elect_one():
                     cute.arch.mbarrier_arrive_and_expect_tx(
-                        full + stage, self.weight_bytes + self.x_bytes
+                        full + stage,
+                        num_columns * (num_blocks * BLOCK_BYTES + self.x_bytes),
                     )
-                    for block in cutlass.range_constexpr(config.warpgroups):
-                        cute.arch.inline_ptx(
-                            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
-                            ".L2::cache_hint [{$r0}], [{$r1}], {$r2}, [{$r3}], {$r4};",
-                            read_only_args=[
-                                (sW + stage * self.weight_bytes + block * BLOCK_BYTES).toint(),
+                    for block in cutlass.range_constexpr(config.row_blocks):
+                        if block < num_blocks:
+                            self._copy_blocks(
+                                sW + stage * self.weight_bytes + block * BLOCK_BYTES,
                                 base + block * block_stride + Int64(column) * BLOCK_BYTES,
-                                Int32(BLOCK_BYTES),
-                                (full + stage).toint(),
-                                Int64(EVICT_FIRST),
-                            ],
+                                num_columns * BLOCK_BYTES,
+                                full + stage,
+                            )
+                for box in cutlass.range_constexpr(2 * self.column_blocks):
+                    if box // 2 < num_columns:
+                        self._copy_x(
+                            tma_x,
+                            tXgX[None, 2 * column + box],
+                            tXsX[None, 2 * self.column_blocks * stage + box],
+                            full + stage,
                         )
-                for half in cutlass.range_constexpr(2):
-                    cute.copy(
-                        tma_x,
-                        tXgX[None, 2 * column + half],
-                        tXsX[None, 2 * stage + half],
-                        tma_bar_ptr=full + stage,
-                    )
-                stage = stage + 1
-                if stage == config.stages:
-                    stage = Int32(0)
-                    phase = phase ^ 1
-            tile = tile + grid
+                stage, phase = self._next(stage, phase)
+            tile = tile + stride
+
+    @cute.jit
+    def _copy_x(self, tma_x, source, target, barrier):
+        if cutlass.const_expr(self.config.cluster == 1):
+            cute.copy(tma_x, source, target, tma_bar_ptr=barrier)
+        else:
+            everyone = cutlass.Int16((1 << self.config.cluster) - 1)
+            cute.copy(tma_x, source, target, tma_bar_ptr=barrier, mcast_mask=everyone)
+
+    def _copy_blocks(self, target, source, num_bytes, barrier):
+        """A bulk copy; weights are read once, so they leave the L2 cache first."""
+        cute.arch.inline_ptx(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+            ".L2::cache_hint [{$r0}], [{$r1}], {$r2}, [{$r3}], {$r4};",
+            read_only_args=[
+                target.toint(),
+                source,
+                num_bytes,
+                barrier.toint(),
+                Int64(EVICT_FIRST),
+            ],
+        )
+
+    @cute.jit
+    def _release(self, barrier):
+        """This warp is done with a stage; tell the producer of every CTA that fills it."""
+        lane = cute.arch.lane_idx()
+        if cutlass.const_expr(self.config.cluster == 1):
+            if lane == 0:
+                cute.arch.mbarrier_arrive(barrier)
+        else:
+            if lane < self.config.cluster:
+                cute.arch.mbarrier_arrive(barrier, lane)
 
     @cute.jit
     def _consume(
-        self, tiled_mma, sX, sW, sOut, full, empty, mOffs, sEnd, alpha, row_scale, bias, out,
-        num_tiles, expert_groups, row_tiles, column_blocks, num_columns,
-        alpha_stride, segment_rows,
+        self, sX, sW, sOut, full, empty, sRowEnd, sTileEnd, arguments: EpilogueArguments,
+        num_tiles, column_blocks,
     ):  # fmt: skip
         config = self.config
-        tokens = config.tile_tokens
+        group = cute.arch.make_warp_uniform(cute.arch.warp_idx()) // 4
+        tile, stride, rank = self._first_tile()
+        stage, phase, expert_group = Int32(0), Int32(0), Int32(0)
+        while tile < num_tiles:
+            expert_group, expert, row_tile, first_row, num_left = self.tiles.locate(
+                tile, expert_group, sRowEnd, sTileEnd
+            )
+            block = (row_tile * config.cluster + rank) * config.row_blocks
+            if cutlass.const_expr(not config.split_k):
+                block = block + group
+            stage, phase = self._compute_tile(
+                0, TileOfExpert(expert, block, first_row, num_left), arguments,
+                sX, sW + group * BLOCK_BYTES, sOut, full, empty, stage, phase, column_blocks,
+            )  # fmt: skip
+            tile = tile + stride
+
+    @cute.jit
+    def _compute_tile(
+        self, i: cutlass.Constexpr[int], tile, arguments, sX, sBlock, sOut, full, empty,
+        stage, phase, column_blocks,
+    ):  # fmt: skip
+        """A tile by the first width from number i on that holds its tokens.
+
+        Every width has a loop and an epilogue of its own: where accumulators of several loops meet,
+        ptxas waits for every product.
+        """
+        width = self.config.widths[i]
+        if cutlass.const_expr(i + 1 == len(self.config.widths)):
+            stage, phase = self._compute_width(
+                width, tile, arguments, sX, sBlock, sOut, full, empty, stage, phase, column_blocks
+            )
+        else:
+            if tile.num_left <= width:
+                stage, phase = self._compute_width(
+                    width, tile, arguments, sX, sBlock, sOut, full, empty,
+                    stage, phase, column_blocks,
+                )  # fmt: skip
+            else:
+                stage, phase = self._compute_tile(
+                    i + 1, tile, arguments, sX, sBlock, sOut, full, empty,
+                    stage, phase, column_blocks,
+                )  # fmt: skip
+        return stage, phase
+
+    @cute.jit
+    def _compute_width(
+        self, width: cutlass.Constexpr[int], tile, arguments, sX, sBlock, sOut, full, empty,
+        stage, phase, column_blocks,
+    ):  # fmt: skip
         tid, _, _ = cute.arch.thread_idx()
-        lane = cute.arch.lane_idx()
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        group, group_warp, thread = warp // 4, warp % 4, tid % WARPGROUP
-        acc = cute.make_rmem_tensor(tiled_mma.partition_shape_C((BLOCK_ROWS, tokens)), Float32)
+        group = tid // WARPGROUP
+        op = warpgroup.MmaF16BF16Op(
+            BFloat16,
+            Float32,
+            (BLOCK_ROWS, width, 16),
+            warpgroup.OperandSource.RMEM,
+            OperandMajorMode.K,
+            OperandMajorMode.K,
+        )
+        tiled_mma = cute.make_tiled_mma(op, (1, 1, 1))
+        tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
+        acc = cute.make_rmem_tensor(tiled_mma.partition_shape_C((BLOCK_ROWS, width)), Float32)
+        acc.fill(0.0)
+        # The tile's first tokens are the first rows of each box of x.
+        sRows = cute.local_tile(sX, (width, BOX_COLUMNS, cute.size(sX, mode=[2])), (0, 0, 0))
+        fX = tiled_mma.make_fragment_B(tiled_mma.get_slice(tid % WARPGROUP).partition_B(sRows))
+        # Loaded here, their latency passes under the products.
+        scales, offsets = Epilogue(self.config, width).load_scales(tile, arguments)
+        stage, phase = self._multiply(
+            tiled_mma, acc, fX, sBlock, full, empty, stage, phase, column_blocks
+        )
+        if cutlass.const_expr(self.config.split_k):
+            SplitReduction(self.config, width).add(acc, sOut + self.staging_bytes)
+            if group == 0:
+                Epilogue(self.config, width).run(acc, scales, offsets, tile, arguments, sOut, 1)
+        else:
+            lines = sOut + group * staging_bytes(self.config)
+            Epilogue(self.config, width).run(acc, scales, offsets, tile, arguments, lines, 1 + group)
+        return stage, phase
+
+    @cute.jit
+    def _multiply(self, tiled_mma, acc, fX, sBlock, full, empty, stage, phase, column_blocks):
+        """acc += W x^T over all columns; returns the next stage and its phase.
+
+        One product of 64 columns is under way while the next operand is decoded. ptxas must be able
+        to see that: with more of them across the loop's end it waits after every instruction.
+        """
+        tid, _, _ = cute.arch.thread_idx()
+        thread, lane = tid % WARPGROUP, cute.arch.lane_idx()
+        # Through a shuffle, or ptxas computes both from the thread's index anew in every stage.
+        code_offset = cute.arch.shuffle_sync(thread * 16, lane)
+        scale_offset = cute.arch.shuffle_sync(
+            CODE_BYTES + ((thread // WARP) * 8 + lane // 4) * 16, lane
+        )
         fragments, registers, words = [], [], []
         for _ in cutlass.range_constexpr(2):
-            fragment = cute.make_rmem_tensor(
-                tiled_mma.partition_shape_A((BLOCK_ROWS, 64)), BFloat16
-            )
-            fragments.append(fragment)
-            raw = cute.recast_tensor(fragment, Uint32).iterator
+            shape = tiled_mma.partition_shape_A((BLOCK_ROWS, BOX_COLUMNS))
+            fragments.append(cute.make_rmem_tensor(shape, BFloat16))
+            raw = cute.recast_tensor(fragments[-1], Uint32).iterator
             registers.append(cute.make_tensor(raw, cute.make_layout(16)))
             words.append(cute.make_rmem_tensor(cute.make_layout(4), Uint32))
         scale_words = cute.make_rmem_tensor(cute.make_layout(4), Uint32)
-        fX = tiled_mma.make_fragment_B(tiled_mma.get_slice(thread).partition_B(sX))
         exponent, byte_mask = _register(0x70007000), _register(0x0FF00FF0)
-        tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
-        tile, _, _ = cute.arch.block_idx()
-        grid, _, _ = cute.arch.grid_dim()
-        tile = Int32(tile)
-        stage, phase = Int32(0), Int32(0)
-        while tile < num_tiles:
-            expert, rest, first_row, num_tokens = self._locate(tile, mOffs, sEnd, expert_groups)
-            token_tiles = (num_tokens + (tokens - 1)) // tokens
-            row_tile = rest // token_tiles
-            token_tile = rest - row_tile * token_tiles
-            acc.fill(0.0)
-            previous = Int32(0)
-            for column in cutlass.range(column_blocks, unroll=1):
+        previous, first_box, first_column = Int32(0), Int32(0), Int32(0)
+        if cutlass.const_expr(self.config.split_k):
+            first_column = cute.arch.make_warp_uniform(tid // WARPGROUP)
+            first_box = 2 * first_column
+        for column in cutlass.range(first_column, column_blocks, self.column_blocks, unroll=1):
+            cute.arch.mbarrier_wait(full + stage, phase)
+            block = sBlock + stage * self.weight_bytes
+            load_16_bytes(block + code_offset, words[0])
+            load_16_bytes(block + scale_offset, scale_words)
+            load_16_bytes(block + CODE_BYTES // 2 + code_offset, words[1])
+            for half in cutlass.range_constexpr(2):
+                for j in cutlass.range_constexpr(4):
+                    s = scale_words[2 * half + j // 2]
+                    shifted = (s << Uint32(4)) if j % 2 == 0 else (s >> Uint32(4))
+                    scales = _lop3(shifted, byte_mask, exponent, 0xEA)
+                    _decode_word(words[half][j], scales, registers[half], 4 * j)
+                warpgroup.fence()
+                for j in cutlass.range_constexpr(4):
+                    cute.gemm(
+                        tiled_mma,
+                        acc,
+                        fragments[half][None, None, j],
+                        fX[None, None, j, 2 * self.column_blocks * stage + first_box + half],
+                        acc,
+                    )
+                warpgroup.commit_group()
+                # All but this half are done: its predecessor's registers are free, and after
+                # the first half so is the stage before.
+                warpgroup.wait_group(1)
+                if cutlass.const_expr(half == 0):
+                    if column > first_column:
+                        self._release(empty + previous)
+            previous = stage
+            stage, phase = self._next(stage, phase)
+        warpgroup.wait_group(0)
+        if first_column < column_blocks:
+            self._release(empty + previous)
+        if cutlass.const_expr(self.config.split_k):
+            # The last stage may have no column for this warpgroup, and is used up all the same.
+            last_columns = (column_blocks - 1) % self.column_blocks
+            if last_columns < first_column:
                 cute.arch.mbarrier_wait(full + stage, phase)
-                block = sW + stage * self.weight_bytes + group * BLOCK_BYTES
-                _load_16_bytes(block + thread * 16, words[0])
-                _load_16_bytes(block + CODE_BYTES + (group_warp * 8 + lane // 4) * 16, scale_words)
-                _load_16_bytes(block + CODE_BYTES // 2 + thread * 16, words[1])
-                for half in cutlass.range_constexpr(2):
-                    for j in cutlass.range_constexpr(4):
-                        s = scale_words[2 * half + j // 2]
-                        shifted = (s << Uint32(4)) if j % 2 == 0 else (s >> Uint32(4))
-                        scales = _lop3(shifted, byte_mask, exponent, 0xEA)
-                        _decode_word(words[half][j], scales, registers[half], 4 * j)
-                    warpgroup.fence()
-                    for j in cutlass.range_constexpr(4):
-                        cute.gemm(
-                            tiled_mma,
-                            acc,
-                            fragments[half][None, None, j],
-                            fX[None, None, j, 2 * stage + half],
-                            acc,
-                        )
-                    warpgroup.commit_group()
-                    # All but this half are done: its predecessor's registers are free, and after
-                    # the first half so is the stage before.
-                    warpgroup.wait_group(1)
-                    if cutlass.const_expr(half == 0):
-                        if column > 0:
-                            if lane == 0:
-                                cute.arch.mbarrier_arrive(empty + previous)
-                previous = stage
-                stage = stage + 1
-                if stage == config.stages:
-                    stage = Int32(0)
-                    phase = phase ^ 1
-            warpgroup.wait_group(0)
-            if lane == 0:
-                cute.arch.mbarrier_arrive(empty + previous)
-            block_row = row_tile * self.tile_rows + group * BLOCK_ROWS
-            self._scale(
-                acc, alpha, row_scale, bias, expert, block_row + group_warp * 16 + lane // 4,
-                first_row + token_tile * tokens, num_tokens - token_tile * tokens,
-                num_columns, alpha_stride, segment_rows,
-            )  # fmt: skip
-            if cutlass.const_expr(config.out_fp32):
-                self._store_fp32(
-                    acc, out, block_row + group_warp * 16 + lane // 4,
-                    first_row + token_tile * tokens, num_tokens - token_tile * tokens, num_columns,
-                )  # fmt: skip
-            else:
-                self._store_bf16(
-                    acc, sOut + group * (tokens * LINE_BYTES), out, group, block_row,
-                    first_row + token_tile * tokens, num_tokens - token_tile * tokens, num_columns,
-                )  # fmt: skip
-            tile = tile + grid
+                self._release(empty + stage)
+                stage, phase = self._next(stage, phase)
+        return stage, phase
 
     @cute.jit
-    def _scale(
-        self, acc, alpha, row_scale, bias, expert, row, first_token, num_left,
-        num_columns, alpha_stride, segment_rows,
-    ):  # fmt: skip
-        """acc = acc * alpha * row_scale + bias, in place.
-
-        A thread holds rows ``row`` and ``row + 8`` of the weight, and of each eight tokens the two
-        from (lane % 4) * 2.
-        """
-        config = self.config
-        lane = cute.arch.lane_idx()
-        mAlpha = cute.make_tensor(alpha, cute.make_layout(2 * MAX_EXPERTS))
-        values = cute.make_tensor(acc.iterator, cute.make_layout(config.tile_tokens // 2))
-        for r in cutlass.range_constexpr(2):
-            index = expert * alpha_stride
-            if row + 8 * r >= segment_rows:
-                index = index + 1
-            scale = mAlpha[index] * Float32(2.0**DECODE_EXPONENT)
-            offset = Float32(0.0)
-            if cutlass.const_expr(config.bias):
-                if row + 8 * r < num_columns:
-                    address = (
-                        bias.toint() + (Int64(expert) * Int64(num_columns) + Int64(row + 8 * r)) * 4
-                    )
-                    pointer = cute.make_ptr(Float32, address, AddressSpace.gmem, assumed_align=4)
-                    offset = cute.make_tensor(pointer, cute.make_layout(1))[0]
-            for eight in cutlass.range_constexpr(config.tile_tokens // 8):
-                for c in cutlass.range_constexpr(2):
-                    i = eight * 4 + r * 2 + c
-                    value = values[i] * scale
-                    if cutlass.const_expr(config.row_scale):
-                        token = eight * 8 + (lane % 4) * 2 + c
-                        factor = Float32(1.0)
-                        if token < num_left:
-                            address = row_scale.toint() + Int64(first_token + token) * 4
-                            pointer = cute.make_ptr(
-                                Float32, address, AddressSpace.gmem, assumed_align=4
-                            )
-                            factor = cute.make_tensor(pointer, cute.make_layout(1))[0]
-                        value = value * factor
-                    values[i] = value + offset
-
-    @cute.jit
-    def _store_fp32(self, acc, out, row, first_token, num_left, num_columns):
-        config = self.config
-        lane = cute.arch.lane_idx()
-        values = cute.make_tensor(acc.iterator, cute.make_layout(config.tile_tokens // 2))
-        for eight in cutlass.range_constexpr(config.tile_tokens // 8):
-            for c in cutlass.range_constexpr(2):
-                token = eight * 8 + (lane % 4) * 2 + c
-                for r in cutlass.range_constexpr(2):
-                    if token < num_left and row + 8 * r < num_columns:
-                        element = Int64(first_token + token) * Int64(num_columns) + Int64(
-                            row + 8 * r
-                        )
-                        pointer = cute.make_ptr(
-                            Float32, out.toint() + element * 4, AddressSpace.gmem, assumed_align=4
-                        )
-                        cute.make_tensor(pointer, cute.make_layout(1))[0] = values[
-                            eight * 4 + r * 2 + c
-                        ]
-
-    @cute.jit
-    def _store_bf16(self, acc, lines, out, group, block_row, first_token, num_left, num_columns):
-        """Through shared memory, transposed: a token's 64 columns leave as eight 16-byte stores."""
-        tokens = self.config.tile_tokens
-        tid, _, _ = cute.arch.thread_idx()
-        lane = cute.arch.lane_idx()
-        thread, group_warp = tid % WARPGROUP, (tid % WARPGROUP) // WARP
-        values = cute.make_tensor(acc.iterator, cute.make_layout(tokens // 2))
-        eights = 2 if tokens >= 16 else 1
-        for pair in cutlass.range_constexpr((tokens + 15) // 16):
-            packed = []
-            for eight in cutlass.range_constexpr(eights):
-                for r in cutlass.range_constexpr(2):
-                    i = (pair * 2 + eight) * 4 + r * 2
-                    packed.append(
-                        _ptx("cvt.rn.bf16x2.f32 {$w0}, {$r0}, {$r1};", values[i + 1], values[i])
-                    )
-            token = pair * 16 + (lane // 16) * 8 + lane % 8
-            if cutlass.const_expr(eights == 1):
-                token = lane % 8
-            line = (lines + token * LINE_BYTES + ((lane // 8) % 2) * 16 + group_warp * 32).toint()
-            if cutlass.const_expr(eights == 2):
-                cute.arch.inline_ptx(
-                    "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{$r0}], "
-                    "{{$r1}, {$r2}, {$r3}, {$r4}};",
-                    read_only_args=[line, *packed],
-                )
-            else:
-                cute.arch.inline_ptx(
-                    "stmatrix.sync.aligned.m8n8.x2.trans.shared.b16 [{$r0}], {{$r1}, {$r2}};",
-                    read_only_args=[line, *packed],
-                )
-        cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
-        column = block_row + (thread % 8) * 8
-        for part in cutlass.range_constexpr((tokens + 15) // 16):
-            token = part * 16 + thread // 8
-            if token < num_left and token < tokens and column < num_columns:
-                chunk = cute.make_rmem_tensor(cute.make_layout(4), Uint32)
-                _load_16_bytes(lines + token * LINE_BYTES + (thread % 8) * 16, chunk)
-                element = Int64(first_token + token) * Int64(num_columns) + Int64(column)
-                pointer = cute.make_ptr(
-                    Uint32, out.toint() + element * 2, AddressSpace.gmem, assumed_align=16
-                )
-                cute.autovec_copy(chunk, cute.make_tensor(pointer, cute.make_layout(4)))
-        cute.arch.barrier(barrier_id=1 + group, number_of_threads=WARPGROUP)
-
-    @cute.jit
-    def _zero_tail(self, out, end, num_rows, num_columns):
-        """Rows past the last expert's are zero, whatever was there."""
-        tid, _, _ = cute.arch.thread_idx()
-        bid, _, _ = cute.arch.block_idx()
-        grid, _, _ = cute.arch.grid_dim()
-        columns_per_chunk = 4 if self.config.out_fp32 else 8
-        chunk = Int64(end) * Int64(num_columns // columns_per_chunk)
-        last = Int64(num_rows) * Int64(num_columns // columns_per_chunk)
-        chunk = chunk + Int64(bid * self.num_threads + tid)
-        zeros = cute.make_rmem_tensor(cute.make_layout(4), Uint32)
-        for i in cutlass.range_constexpr(4):
-            zeros[i] = Uint32(0)
-        while chunk < last:
-            pointer = cute.make_ptr(
-                Uint32, out.toint() + chunk * 16, AddressSpace.gmem, assumed_align=16
-            )
-            cute.autovec_copy(zeros, cute.make_tensor(pointer, cute.make_layout(4)))
-            chunk = chunk + Int64(grid * self.num_threads)
+    def _next(self, stage, phase):
+        stage = stage + 1
+        if stage == self.config.stages:
+            stage = Int32(0)
+            phase = phase ^ 1
+        return stage, phase
 
 
 def build(config: GroupedMmConfig, options: str = "") -> Callable[..., None]:

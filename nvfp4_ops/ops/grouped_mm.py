@@ -208,8 +208,13 @@ def _run_kernel(arguments: _Arguments, act: Activation) -> Tensor:
     if sf_b is not None:
         if sf_b.ndim == 4:
             sf_b = reference.unswizzle_sf(sf_b, (b.shape[0], n, nvfp4.num_blocks(k)))
-        b = kernels.prepack(b, sf_b)
-    out = a.new_empty((a.shape[0], n), dtype=out_dtype if act.name == "none" else torch.float32)
+        b = kernels.prepack(b, sf_b, gated=act.gated)
+    # A gated activation is fused where its weights are prepacked for it, others always.
+    fused = act if b.ndim == kernels.GATED_RANK or not act.gated else Activation()
+    out = a.new_empty(
+        (a.shape[0], n // 2 if fused.gated else n),
+        dtype=out_dtype if fused == act else torch.float32,
+    )
     kernels.grouped_mm(
         a.contiguous(),
         b,
@@ -218,9 +223,11 @@ def _run_kernel(arguments: _Arguments, act: Activation) -> Tensor:
         out,
         row_scale=None if row_scale is None else row_scale.reshape(-1),
         bias=None if bias is None else bias.float().contiguous(),
+        activation=fused.name,
+        limit=fused.limit,
     )
     # The activation sees the unrounded sums, as the contract says.
-    return out if act.name == "none" else activations.apply(act, out).to(out_dtype)
+    return out if fused == act else activations.apply(act, out).to(out_dtype)
 
 
 _op = register(

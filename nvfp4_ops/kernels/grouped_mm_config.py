@@ -1,0 +1,106 @@
+"""Configurations of the Hopper grouped mm and which one serves which sizes. Imports no DSL."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+MAX_TILE_TOKENS = 128
+
+
+# (tile_tokens, warpgroups): widths. Each costs a loop of its own, and registers that no other tile
+# has left: one more and ptxas waits for every product.
+_WIDTHS = {
+    (16, 4): (8, 16),
+    (32, 4): (16, 32),
+    (128, 2): (64, 96, 128),
+}
+
+
+@dataclass(frozen=True)
+class GroupedMmConfig:
+    """Static configuration of the kernel.
+
+    tile_tokens: token columns of a tile: 8, or a multiple of 16 up to 128.
+    warpgroups: consumer warpgroups; each owns a block of 64 weight rows of a tile.
+    split_k: instead, a tile has 64 weight rows and the warpgroups take its columns in turn, 128
+        each; the sums are added in a fixed order. For tiles too few to fill the GPU.
+    stages: depth of the shared-memory pipeline; a stage is 128 columns, or 128 a warpgroup.
+    blocks_per_sm: persistent CTAs on each multiprocessor.
+    cluster: CTAs that share the rows of x: each loads its part and multicasts it to all.
+    out_fp32: write fp32 rather than bf16.
+    row_scale, bias: whether the epilogue has them.
+    activation, limit: fused activation; a gated one needs weights prepacked ``gated``.
+    """
+
+    tile_tokens: int
+    warpgroups: int
+    stages: int
+    blocks_per_sm: int
+    cluster: int = 1
+    split_k: bool = False
+    out_fp32: bool = False
+    row_scale: bool = False
+    bias: bool = False
+    activation: str = "none"
+    gated: bool = False
+    limit: float | None = None
+
+    def __post_init__(self) -> None:
+        tokens = self.tile_tokens
+        if tokens != 8 and (tokens % 16 or not 0 < tokens <= MAX_TILE_TOKENS):
+            raise ValueError(
+                f"tile_tokens: must be 8 or a multiple of 16 up to {MAX_TILE_TOKENS}, got {tokens}"
+            )
+        if self.warpgroups not in range(1, 8):
+            raise ValueError(f"warpgroups: must be 1 to 7, got {self.warpgroups}")
+        # A part of x keeps whole groups of the eight rows that a swizzle pattern spans.
+        if self.cluster not in (1, 2) or tokens % (8 * self.cluster):
+            raise ValueError(f"cluster: must be 1 or 2, and 1 for 8 tokens, got {self.cluster}")
+        if self.split_k and (self.cluster > 1 or self.warpgroups == 1):
+            raise ValueError("split_k: needs several warpgroups and no cluster")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Tokens that a product may span: a tile with fewer takes the first that holds them."""
+        return _WIDTHS.get((self.tile_tokens, self.warpgroups), (self.tile_tokens,))
+
+    @property
+    def row_blocks(self) -> int:
+        """Blocks of 64 weight rows in a tile of one CTA."""
+        return 1 if self.split_k else self.warpgroups
+
+    def grid(
+        self, num_rows: int, num_experts: int, row_blocks: int, num_multiprocessors: int
+    ) -> int:
+        """CTAs to launch: as many as fit, in whole clusters, but not more than there can be tiles.
+
+        A touched expert has at most one token tile that is not full.
+        """
+        tokens, blocks = self.tile_tokens, self.row_blocks * self.cluster
+        token_tiles = (num_rows + min(num_experts, num_rows) * (tokens - 1)) // tokens
+        clusters = token_tiles * -(-row_blocks // blocks)
+        return min(clusters, num_multiprocessors * self.blocks_per_sm // self.cluster) * self.cluster
+
+
+# Mean rows of a touched expert up to which a tile is the best. Routing scatters around the mean
+# (by its square root, if random), and an expert with more rows than a tile pays its weights twice.
+_LADDER = (
+    (4, dict(tile_tokens=8, warpgroups=4, stages=8, blocks_per_sm=1)),
+    (10, dict(tile_tokens=16, warpgroups=4, stages=8, blocks_per_sm=1)),
+    (23, dict(tile_tokens=32, warpgroups=4, stages=6, blocks_per_sm=1)),
+    (36, dict(tile_tokens=48, warpgroups=4, stages=6, blocks_per_sm=1)),
+    (50, dict(tile_tokens=64, warpgroups=4, stages=5, blocks_per_sm=1)),
+    (1 << 30, dict(tile_tokens=128, warpgroups=2, stages=4, blocks_per_sm=1, cluster=2)),
+)
+
+
+def choose_config(
+    num_rows: int, num_experts: int, row_blocks: int, **epilogue: Any
+) -> GroupedMmConfig:
+    """Configuration for static sizes: the tile that fits the rows of an evenly loaded expert."""
+    rows_per_expert = -(-num_rows // max(1, min(num_experts, num_rows)))
+    tile = next(tile for limit, tile in _LADDER if rows_per_expert <= limit)
+    config = GroupedMmConfig(**tile, **epilogue)
+    if config.tile_tokens == MAX_TILE_TOKENS and config.out_fp32 and config.row_scale:
+        # Their addresses leave no registers for 128 tokens.
+        config = replace(config, tile_tokens=96)
+    return config
