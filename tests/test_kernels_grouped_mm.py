@@ -188,11 +188,12 @@ EPILOGUES: list[dict[str, Any]] = [
 def shipped_configs() -> list[Any]:
     """Every tile that is ever chosen with every kind of epilogue."""
     tiles = {}
-    for rows in range(1, 130):
-        for blocks in (1, 2, 16, 448):
-            for epilogue in EPILOGUES:
-                config = choose_config(rows, 1, blocks, **epilogue)
-                tiles[str(config)] = config
+    for rows in (4, 10, 23, 36, 50, 76, 132, 133):
+        for blocks in (1, 2000):
+            for columns in (4, 16):
+                for epilogue in EPILOGUES:
+                    config = choose_config(rows, 1, blocks, columns, **epilogue)
+                    tiles[str(config)] = config
     return list(tiles.values())
 
 
@@ -317,7 +318,7 @@ def test_grouped_mm_kernel_equals_the_reference(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("rows_each", [1, 8, 16, 30, 64, 128, 150])
+@pytest.mark.parametrize("rows_each", [1, 8, 16, 20, 30, 48, 60, 90, 128, 150])
 def test_grouped_mm_kernel_decodes_every_weight_exactly(rows_each: int) -> None:
     """One-hot rows read single weights: no rounding, so bits must be equal, for every tile."""
     num_experts, n, k = 4, 256, 256
@@ -381,26 +382,45 @@ def test_grouped_mm_kernel_packs_canonical_weights_on_the_fly() -> None:
     assert_bytes_equal(actual.view(torch.int16), on_gpu(arguments, codes, sf).view(torch.int16))
 
 
-def test_choose_config_covers_all_sizes() -> None:
-    assert choose_config(1, 128, 32).tile_tokens == 8
-    assert choose_config(1024, 128, 32).tile_tokens == 16
-    assert choose_config(2048, 128, 32).tile_tokens == 32
-    assert choose_config(3 * 8192, 8, 32, out_fp32=True, row_scale=True).tile_tokens == 96
-    assert choose_config(8192 * 8, 8, 32).tile_tokens == 128
-    assert choose_config(1, 1, 32, bias=True) == replace(choose_config(1, 1, 32), bias=True)
+def test_choose_config_takes_the_tile_that_holds_most_experts() -> None:
+    def tokens(rows: int, experts: int, **epilogue: Any) -> int:
+        return choose_config(rows, experts, 32, 16, **epilogue).tile_tokens
+
+    assert tokens(1, 128) == 8
+    assert tokens(1024, 128) == 16
+    assert tokens(2048, 128) == 32
+    assert tokens(128 * 128, 128) == 144
+    assert tokens(3 * 8192, 8) == 128
+    assert tokens(3 * 8192, 8, out_fp32=True, row_scale=True) == 96
+    plain = choose_config(1, 1, 32, 16)
+    assert choose_config(1, 1, 32, 16, bias=True) == replace(plain, bias=True)
+
+
+def test_choose_config_splits_k_where_tiles_are_few_and_columns_many() -> None:
+    few, many, short = (choose_config(8, 8, *s) for s in ((24, 16), (200, 16), (24, 6)))
+    assert few.split_k
+    assert few.row_blocks == 1
+    assert not many.split_k
+    assert many.row_blocks == 4
+    assert not short.split_k
+    assert short.row_blocks == 1
+    assert choose_config(64, 8, 24, 16).split_k
+    assert not choose_config(64, 8, 100, 16).split_k
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tile_tokens": 24}, "tile_tokens: must be 8 or a multiple of 16 up to 128, got 24"),
-        ({"tile_tokens": 144}, "tile_tokens: must be 8 or a multiple of 16 up to 128, got 144"),
+        ({"tile_tokens": 24}, "tile_tokens: must be 8 or a multiple of 16 up to 160, got 24"),
+        ({"tile_tokens": 176}, "tile_tokens: must be 8 or a multiple of 16 up to 160, got 176"),
         ({"warpgroups": 8}, "warpgroups: must be 1 to 7, got 8"),
         ({"cluster": 3}, "cluster: must be 1 or 2, and 1 for 8 tokens, got 3"),
+        ({"split_k": True, "cluster": 2}, "split_k: needs several warpgroups and no cluster"),
+        ({"split_k": True, "warpgroups": 1}, "split_k: needs several warpgroups and no cluster"),
         ({"tile_tokens": 8, "cluster": 2}, "cluster: must be 1 or 2, and 1 for 8 tokens, got 2"),
     ],
 )
-def test_grouped_mm_config_rejects(changes: dict[str, int], message: str) -> None:
+def test_grouped_mm_config_rejects(changes: dict[str, Any], message: str) -> None:
     sizes = {"tile_tokens": 16, "warpgroups": 2, "stages": 4, "blocks_per_sm": 1}
     with pytest.raises(ValueError, match=message):
         GroupedMmConfig(**(sizes | changes))

@@ -118,6 +118,7 @@ def grouped_mm(
         x.shape[0],
         num_experts,
         weight.shape[1],
+        column_blocks,
         out_fp32=out.dtype == torch.float32,
         row_scale=row_scale is not None,
         bias=bias is not None,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-MAX_TILE_TOKENS = 128
+MAX_TILE_TOKENS = 160
 
 
 # (tile_tokens, warpgroups): widths. Each costs a loop of its own, and registers that no other tile
@@ -11,7 +11,9 @@ MAX_TILE_TOKENS = 128
 _WIDTHS = {
     (16, 4): (8, 16),
     (32, 4): (16, 32),
+    (96, 3): (64, 96),
     (128, 2): (64, 96, 128),
+    (144, 2): (96, 144),
 }
 
 
@@ -34,7 +36,7 @@ class GroupedMmConfig:
     tile_tokens: int
     warpgroups: int
     stages: int
-    blocks_per_sm: int
+    blocks_per_sm: int = 1
     cluster: int = 1
     split_k: bool = False
     out_fp32: bool = False
@@ -78,29 +80,45 @@ class GroupedMmConfig:
         tokens, blocks = self.tile_tokens, self.row_blocks * self.cluster
         token_tiles = (num_rows + min(num_experts, num_rows) * (tokens - 1)) // tokens
         clusters = token_tiles * -(-row_blocks // blocks)
-        return min(clusters, num_multiprocessors * self.blocks_per_sm // self.cluster) * self.cluster
+        return (
+            min(clusters, num_multiprocessors * self.blocks_per_sm // self.cluster) * self.cluster
+        )
 
 
 # Mean rows of a touched expert up to which a tile is the best. Routing scatters around the mean
 # (by its square root, if random), and an expert with more rows than a tile pays its weights twice.
 _LADDER = (
-    (4, dict(tile_tokens=8, warpgroups=4, stages=8, blocks_per_sm=1)),
-    (10, dict(tile_tokens=16, warpgroups=4, stages=8, blocks_per_sm=1)),
-    (23, dict(tile_tokens=32, warpgroups=4, stages=6, blocks_per_sm=1)),
-    (36, dict(tile_tokens=48, warpgroups=4, stages=6, blocks_per_sm=1)),
-    (50, dict(tile_tokens=64, warpgroups=4, stages=5, blocks_per_sm=1)),
-    (1 << 30, dict(tile_tokens=128, warpgroups=2, stages=4, blocks_per_sm=1, cluster=2)),
+    (4, dict(tile_tokens=8, warpgroups=4, stages=8)),
+    (10, dict(tile_tokens=16, warpgroups=4, stages=8)),
+    (23, dict(tile_tokens=32, warpgroups=4, stages=6)),
+    (36, dict(tile_tokens=48, warpgroups=4, stages=6)),
+    (50, dict(tile_tokens=64, warpgroups=4, stages=5)),
+    (76, dict(tile_tokens=96, warpgroups=3, stages=4)),
+    (132, dict(tile_tokens=144, warpgroups=2, stages=3, cluster=2)),
+    (1 << 30, dict(tile_tokens=128, warpgroups=2, stages=4, cluster=2)),
 )
+
+# (tile_tokens, most tiles of 64 rows, stages) up to which splitting K beats tiles of 256 rows: they
+# leave multiprocessors idle, at the end if not at once. Measured on an H200, 132 multiprocessors.
+_SPLIT = ((8, 1300, 6), (16, 528, 4))
+_SPLIT_COLUMN_BLOCKS = 8
 
 
 def choose_config(
-    num_rows: int, num_experts: int, row_blocks: int, **epilogue: Any
+    num_rows: int, num_experts: int, row_blocks: int, column_blocks: int, **epilogue: Any
 ) -> GroupedMmConfig:
     """Configuration for static sizes: the tile that fits the rows of an evenly loaded expert."""
-    rows_per_expert = -(-num_rows // max(1, min(num_experts, num_rows)))
+    touched = max(1, min(num_experts, num_rows))
+    rows_per_expert = -(-num_rows // touched)
     tile = next(tile for limit, tile in _LADDER if rows_per_expert <= limit)
     config = GroupedMmConfig(**tile, **epilogue)
-    if config.tile_tokens == MAX_TILE_TOKENS and config.out_fp32 and config.row_scale:
-        # Their addresses leave no registers for 128 tokens.
-        config = replace(config, tile_tokens=96)
+    for tokens, most_tiles, stages in _SPLIT:
+        if config.tile_tokens == tokens and touched * row_blocks <= most_tiles:
+            if column_blocks >= _SPLIT_COLUMN_BLOCKS:
+                return replace(config, split_k=True, stages=stages)
+            if tokens == 8:
+                return replace(config, warpgroups=1, stages=6, blocks_per_sm=2)
+    if config.tile_tokens > 96 and config.out_fp32 and config.row_scale:
+        # Their addresses leave no registers for more tokens.
+        return replace(config, tile_tokens=96, warpgroups=2, stages=4)
     return config

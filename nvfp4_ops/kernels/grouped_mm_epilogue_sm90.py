@@ -1,7 +1,7 @@
 """From accumulators of the Hopper grouped mm to rows of the output.
 
 A warpgroup holds 64 weight rows x ``width`` tokens: of a thread's accumulators, number
-4 * eight + 2 * r + c is weight row 16 * warp + lane / 4 + 8 r and token 8 * eight + 2 (lane % 4) + c.
+4 * eight + 2 * r + c is weight row 16 * warp + lane / 4 + 8 r, token 8 * eight + 2 (lane % 4) + c.
 In gated weights r = 0 is a gate row and r = 1 the up row that belongs to it.
 """
 

@@ -317,9 +317,10 @@ class GroupedMmSm90:
             )
             first_block = (row_tile * config.cluster + rank) * config.row_blocks
             num_blocks = cutlass.min(cutlass.max(used_blocks - first_block, 0), config.row_blocks)
-            base = weight.toint() + (
-                Int64(expert) * Int64(row_blocks) + Int64(first_block)
-            ) * block_stride
+            base = (
+                weight.toint()
+                + (Int64(expert) * Int64(row_blocks) + Int64(first_block)) * block_stride
+            )
             for column in cutlass.range(0, column_blocks, self.column_blocks, unroll=1):
                 cute.arch.mbarrier_wait(empty + stage, phase)
                 num_columns = Int32(1)
@@ -465,7 +466,9 @@ class GroupedMmSm90:
                 Epilogue(self.config, width).run(acc, scales, offsets, tile, arguments, sOut, 1)
         else:
             lines = sOut + group * staging_bytes(self.config)
-            Epilogue(self.config, width).run(acc, scales, offsets, tile, arguments, lines, 1 + group)
+            Epilogue(self.config, width).run(
+                acc, scales, offsets, tile, arguments, lines, 1 + group
+            )
         return stage, phase
 
     @cute.jit
