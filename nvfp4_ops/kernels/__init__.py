@@ -61,6 +61,7 @@ def _why_not_so_many(num_experts: int) -> str | None:
     return None
 
 
+@cache
 def _get_compiled(op: str, kernel: ModuleType) -> Callable[[Hashable], Callable[..., object]]:
     """From a config of the module ``kernel`` to what its ``build`` makes of it, cached."""
     return lambda config: compile_cache.get(op, config, ARCHITECTURE, lambda: kernel.build(config))
