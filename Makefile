@@ -10,10 +10,10 @@ CORES = $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
 WORKERS ?= $(shell [ $(CORES) -gt 1 ] && echo 2 || echo 1)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-demo demo test lint types format clean
+.PHONY: help venv venv-demo demo test sanitize lint types format clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-7s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: ## set up .venv for the demo and the tests
 	@$(PYTHON) tools/setup_venv.py test
@@ -32,6 +32,9 @@ test: lint types ## set up .venv, then run ruff, mypy and pytest
 	echo "== pytest $$parallel $(PYTEST_ARGS)"; \
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( $(CORES) / $(WORKERS) ))} \
 		$(PY) -m pytest $$parallel $(PYTEST_ARGS)
+
+sanitize: venv ## run small GPU tests under compute-sanitizer: memcheck and racecheck
+	@$(PY) tools/sanitize.py $(if $(PYTEST_ARGS),-- $(PYTEST_ARGS))
 
 # On a machine without network ruff and mypy may be absent; the tests still run there.
 lint: venv ## ruff check and ruff format --check

@@ -1,4 +1,4 @@
-"""How a benchmark reports: a header with command, GPU and versions, a line a case, and JSON."""
+"""How a benchmark reports: command, GPU and versions, a line a case, JSON, and a plot of some."""
 
 import argparse
 import json
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import nvfp4_ops
+from bench.plots import write_plot
 
 
 def parse_out(description: str) -> Path:
@@ -20,13 +21,13 @@ def parse_out(description: str) -> Path:
 
 
 class Report:
-    """Prints as it goes; ``write`` saves NAME.txt and NAME.json."""
+    """Prints as it goes; ``write`` saves NAME.txt, NAME.json, and NAME.png if it has a plot."""
 
     def __init__(self, name: str, facts: dict[str, Any], columns: str) -> None:
         self.name = name
         self.header = {
             "command": f"python -m bench.{name}",
-            "gpu": torch.cuda.get_device_name(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
             "torch": torch.__version__,
             "nvfp4_ops": nvfp4_ops.__version__,
             **facts,
@@ -51,3 +52,4 @@ class Report:
         document = self.header | {"results": [asdict(result) for result in self.results]}
         (out / f"{self.name}.json").write_text(json.dumps(document, indent=1) + "\n")
         (out / f"{self.name}.txt").write_text("\n".join(self.lines) + "\n")
+        write_plot(document, self.name, out)

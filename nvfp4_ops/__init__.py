@@ -24,6 +24,7 @@ from nvfp4_ops.routing import (
     softmax_top_k,
     sort_by_expert,
 )
+from nvfp4_ops.warming import warmup
 from nvfp4_ops.weight import NVFP4Weight, quantize_weight
 
 __all__ = [
@@ -49,5 +50,6 @@ __all__ = [
     "sort_by_expert",
     "swizzle_sf",
     "unswizzle_sf",
+    "warmup",
 ]
 __version__ = "0.1.0"

@@ -212,6 +212,16 @@ class NVFP4MoE(nn.Module):
 
         return load_experts(directory, prefix, module=cls, **options)
 
+    def warmup(self, max_tokens: int, **options: Any) -> int:
+        """Load every kernel that 1 .. max_tokens tokens can need; see ``nvfp4_ops.warmup``."""
+        from nvfp4_ops.warming import warmup
+
+        return warmup(self, max_tokens, **options)
+
+    @property
+    def is_calibrating(self) -> bool:
+        return self._observer is not None
+
     @property
     def activation_scale(self) -> ActivationScale | None:
         return self._activation_scale

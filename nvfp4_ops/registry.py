@@ -2,7 +2,8 @@
 
 ``torch.library.Library`` is used directly rather than ``custom_op``, whose wrapper costs tens of
 microseconds a call. A kernel and the fake kernel of an op call the same check and the same shape
-function, so a traced graph and a run can not disagree.
+function, so a traced graph and a run can not disagree. Decoding calls a dozen ops a layer for
+microseconds of GPU work each: what a call of plain tensors does not need, it does not pay.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ _OPS: list[str] = []
 def register(
     schema: str, *, fake: Callable[..., Any], kernel: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Define the op of ``schema`` and return its callable overload.
+    """Define the op of ``schema`` and return a function that calls it.
 
     schema: ``name(args) -> returns`` in PyTorch's schema language, functional.
     fake: checks its arguments and returns empty outputs.
@@ -41,7 +42,26 @@ def register(
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=_LIBRARY)
     _OPS.append(name)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    below_autograd = torch._C._AutoDispatchBelowAutograd
+
+    def call(*args: Any) -> Any:
+        # Autograd's kernel is Python and half of what a call costs; it has nothing to say of
+        # arguments without gradients.
+        if torch.compiler.is_compiling() or _needs_gradient(args):
+            return overload(*args)
+        with below_autograd():
+            return overload(*args)
+
+    return call
+
+
+def _needs_gradient(args: tuple[Any, ...]) -> bool:
+    if torch.is_grad_enabled():
+        for arg in args:
+            if isinstance(arg, Tensor) and arg.requires_grad:
+                return True
+    return False
 
 
 def registered_ops() -> Sequence[str]:
@@ -49,8 +69,7 @@ def registered_ops() -> Sequence[str]:
     return tuple(_OPS)
 
 
-# Argument checks shared by the ops. Each names argument, rule and value. Sizes can be symbolic:
-# torch._check_value then records the rule as a guard.
+# Argument checks shared by the ops. Each names argument, rule and value. Sizes can be symbolic.
 
 
 def check_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
@@ -65,17 +84,29 @@ def check_rank(name: str, tensor: Tensor, rank: int, layout: str) -> None:
         raise ValueError(f"{name}: must be {layout} (rank {rank}), got {shape_text(tensor)}")
 
 
+def check_value(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
+    """Raise ValueError where the condition is false; a guard of the graph where it is symbolic."""
+    # torch._check_value takes two microseconds to see that True is true.
+    if condition is not True:
+        torch._check_value(condition, message)
+
+
 def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], layout: str) -> None:
+    # A fake tensor may have symbolic sizes, which a comparison as a whole would make constant.
+    if type(tensor) is Tensor and tensor.shape == shape:
+        return
     check_rank(name, tensor, len(shape), layout)
     for got, want in zip(tensor.shape, shape, strict=True):
-        torch._check_value(
+        check_value(
             got == want,
             lambda: f"{name}: must be {layout} = {tuple(shape)}, got {shape_text(tensor)}",
         )
 
 
 def check_multiple(name: str, dim: str, size: int, divisor: int) -> None:
-    torch._check_value(
+    if type(size) is int and size % divisor == 0:
+        return
+    check_value(
         size % divisor == 0, lambda: f"{name}: {dim} must be a multiple of {divisor}, got {size}"
     )
 
@@ -84,7 +115,7 @@ def check_offs(offs: Tensor, num_rows: int) -> None:
     """offs (E,) int32, E >= 1. On the CPU, where reading costs nothing, the values too."""
     check_rank("offs", offs, 1, "the (E,) end row of each expert")
     check_dtype("offs", offs, torch.int32)
-    torch._check_value(offs.shape[0] >= 1, lambda: "offs: must have at least one expert, got (0,)")
+    check_value(offs.shape[0] >= 1, lambda: "offs: must have at least one expert, got (0,)")
     if offs.device.type != "cpu" or isinstance(offs, torch._subclasses.FakeTensor):
         return
     ends = offs.tolist()
@@ -99,6 +130,11 @@ def check_offs(offs: Tensor, num_rows: int) -> None:
 def check_same_device(name: str, tensor: Tensor | None, device: torch.device) -> None:
     if tensor is not None and tensor.device != device:
         raise ValueError(f"{name}: must be on {device} like the first argument, on {tensor.device}")
+
+
+def check_same_devices(device: torch.device, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        check_same_device(name, tensor, device)
 
 
 def shape_text(tensor: Tensor) -> str:

@@ -11,6 +11,7 @@ from samples import SAMPLES, Sample, int32, offs_of, operands, random_sf
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nvfp4_ops
 
@@ -267,6 +268,35 @@ def test_ops_compiled_graph_checks_offs_values() -> None:
     compiled(*good)
     with pytest.raises(ValueError, match=r"offs: .* got \[3, 2\]"):
         compiled(*good._replace(offs=int32(3, 2)))
+
+
+@pytest.mark.parametrize("through", ["function", "dispatcher"])
+def test_ops_backward_raises_and_only_gradients_ask_for_it(through: str) -> None:
+    mm = (
+        nvfp4_ops.grouped_scaled_mm
+        if through == "function"
+        else torch.ops.nvfp4_ops.grouped_scaled_mm
+    )
+    made = operands([2, 0, 3], a_dtype=torch.bfloat16)
+    expected = mm(*made)
+    assert expected.grad_fn is None
+    out = mm(*made._replace(a=made.a.clone().requires_grad_()))
+    assert_bytes_equal(out.detach(), expected)
+    with pytest.raises(NotImplementedError, match="grouped_scaled_mm is for inference and has no"):
+        out.sum().backward()
+    with torch.no_grad():
+        assert not mm(*made._replace(a=made.a.clone().requires_grad_())).requires_grad
+
+
+def test_ops_are_seen_by_dispatch_modes() -> None:
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            self.func = func
+            return func(*args, **(kwargs or {}))
+
+    with Seen() as seen:
+        nvfp4_ops.quantize_nvfp4(torch.ones(2, 32), torch.ones(()))
+    assert seen.func is torch.ops.nvfp4_ops.quantize_nvfp4.default
 
 
 def test_ops_take_arguments_by_name() -> None:

@@ -11,16 +11,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from nvfp4_ops import format as nvfp4
 from nvfp4_ops.kernels import compile_cache, prepack_sm90
 from nvfp4_ops.kernels.grouped_mm_config import choose_config
 from nvfp4_ops.kernels.limits import MAX_EXPERTS, num_multiprocessors
-from nvfp4_ops.kernels.prepack_sm90 import (
-    GATED_RANK,
-    PLAIN_RANK,
-    prepack,
-    prepacked_shape,
-    unpack,
-)
+from nvfp4_ops.kernels.prepack_sm90 import GATED_RANK, PLAIN_RANK, prepacked_shape
 
 __all__ = [
     "GATED_RANK",
@@ -55,7 +50,7 @@ def why_no_kernels(device: torch.device) -> str | None:
 
 
 def why_no_elementwise(x: Tensor, num_experts: int = 1) -> str | None:
-    """Why the quantize and swizzle kernels can not serve x, or None where they can."""
+    """Why the quantize, swizzle and prepack kernels can not serve x, or None where they can."""
     if x.numel() == 0:
         return "there is nothing to compute"
     return _why_not_so_many(num_experts) or why_no_kernels(x.device)
@@ -67,6 +62,7 @@ def _why_not_so_many(num_experts: int) -> str | None:
     return None
 
 
+@cache
 def _get_compiled(op: str, kernel: ModuleType) -> Callable[[Hashable], Callable[..., object]]:
     """From a config of the module ``kernel`` to what its ``build`` makes of it, cached."""
     return lambda config: compile_cache.get(op, config, ARCHITECTURE, lambda: kernel.build(config))
@@ -142,6 +138,45 @@ def grouped_mm(
         out.shape[1] // 2 if two_segments else prepack_sm90.BLOCK_ROWS * weight.shape[1],
         config.grid(x.shape[0], num_experts, weight.shape[1], num_multiprocessors(x.device)),
     )
+
+
+def prepack(codes: Tensor, block_scale: Tensor, *, gated: bool = False) -> Tensor:
+    """Canonical weights to the layout of the grouped mm (``prepack_sm90.prepack``)."""
+    if not codes.is_cuda or why_no_elementwise(codes) is not None:
+        return prepack_sm90.prepack(codes, block_scale, gated=gated)
+    from nvfp4_ops.kernels import prepack_kernel_sm90 as kernel
+
+    codes = codes.contiguous()
+    if codes.data_ptr() % kernel.LANE_BYTES:
+        codes = codes.clone()
+    num_experts, n, packed_k = codes.shape
+    k = packed_k * nvfp4.CODES_PER_BYTE
+    packed = codes.new_empty(prepacked_shape(num_experts, n, k, gated=gated))
+    kernel.launch_prepack(
+        codes=codes,
+        block_scale=block_scale.contiguous(),
+        packed=packed,
+        get_compiled=_get_compiled("prepack", kernel),
+    )
+    return packed
+
+
+def unpack(prepacked: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
+    """Inverse of ``prepack``: codes (E, N, K/2) and block scales (E, N, K/16)."""
+    if not prepacked.is_cuda or why_no_elementwise(prepacked) is not None:
+        return prepack_sm90.unpack(prepacked, n, k)
+    from nvfp4_ops.kernels import prepack_kernel_sm90 as kernel
+
+    lead = (prepacked.shape[0], n)
+    codes = prepacked.new_empty(*lead, nvfp4.packed_size(k))
+    sf = prepacked.new_empty(*lead, nvfp4.num_blocks(k), dtype=torch.float8_e4m3fn)
+    kernel.launch_unpack(
+        packed=prepacked.contiguous(),
+        codes=codes,
+        block_scale=sf,
+        get_compiled=_get_compiled("prepack", kernel),
+    )
+    return codes, sf
 
 
 def quantize(

@@ -43,6 +43,7 @@ _import_time = time.time()
 _lock = threading.RLock()
 _memory: dict[tuple[str, Hashable, str], Callable[..., object]] = {}
 _warned: set[str] = set()
+_watchers: list[set[Hashable]] = []
 
 
 class CacheInfo(NamedTuple):
@@ -71,6 +72,8 @@ def get(op: str, config: Hashable, arch: str, build: Callable[[], object]) -> Ca
         RuntimeError: the kernel is not in memory and a CUDA graph is being captured.
     """
     key = (op, config, arch)
+    for seen in _watchers:
+        seen.add(key)
     kernel = _memory.get(key)
     if kernel is None:
         with _lock:
@@ -79,6 +82,22 @@ def get(op: str, config: Hashable, arch: str, build: Callable[[], object]) -> Ca
                 _refuse_during_capture(op)
                 kernel = _memory[key] = _load_or_build(op, config, arch, build)
     return kernel
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[set[Hashable]]:
+    """The set that every kernel asked for in this context, by any thread, goes to."""
+    seen: set[Hashable] = set()
+    _watchers.append(seen)
+    try:
+        yield seen
+    finally:
+        # By identity: sets that happen to be equal are not the same watcher.
+        _watchers[:] = [other for other in _watchers if other is not seen]
+
+
+def num_in_memory() -> int:
+    return len(_memory)
 
 
 def clear_memory() -> None:

@@ -40,9 +40,9 @@ DECODE_EXPONENT = 7
 """Operands in registers are value * 2^-7: alpha makes up for it."""
 
 # Bits of (sign, exponent high, exponent low, mantissa) in a 16-bit half, for operand register 0..3.
-_BIT_POSITIONS = ((15, 8, 7, 6), (9, 2, 1, 0), (3, 12, 11, 10), (13, 14, 5, 4))
+BIT_POSITIONS = ((15, 8, 7, 6), (9, 2, 1, 0), (3, 12, 11, 10), (13, 14, 5, 4))
 # The kernel rotates the word for register 2 by 4, which moves that sign to the other half.
-_SIGN_IN_OTHER_HALF = (False, False, True, False)
+SIGN_IN_OTHER_HALF = (False, False, True, False)
 
 _SCALE_ZERO, _SCALE_NAN = 0, 0xFF
 _E4M3_EXPONENT_BIAS, _PACKED_EXPONENT_BIAS = 7, 22
@@ -126,10 +126,10 @@ def _pack_expert(codes: Tensor, sf_bytes: Tensor) -> Tensor:
     parts = codes.view(row_blocks, 4, 2, 8, column_blocks, 2, 4, 2, 4, 2)
     parts = parts.permute(0, 4, 5, 1, 3, 8, 6, 7, 2, 9)
     word = torch.zeros(parts.shape[:-3], dtype=torch.int64, device=codes.device)
-    for register, (sign, high, low, mantissa) in enumerate(_BIT_POSITIONS):
+    for register, (sign, high, low, mantissa) in enumerate(BIT_POSITIONS):
         for half in range(2):
             code = parts[..., register // 2, register % 2, half].long()
-            sign_half = 1 - half if _SIGN_IN_OTHER_HALF[register] else half
+            sign_half = 1 - half if SIGN_IN_OTHER_HALF[register] else half
             word |= ((code >> 3) & 1) << (16 * sign_half + sign)
             word |= ((code >> 2) & 1) << (16 * half + high)
             word |= ((code >> 1) & 1) << (16 * half + low)
@@ -178,10 +178,10 @@ def unpack(prepacked: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
     shifts = torch.arange(4, device=prepacked.device) * 8
     word = (octets << shifts).sum(dim=-1)
     registers = []
-    for register, (sign, high, low, mantissa) in enumerate(_BIT_POSITIONS):
+    for register, (sign, high, low, mantissa) in enumerate(BIT_POSITIONS):
         halves = []
         for half in range(2):
-            sign_half = 1 - half if _SIGN_IN_OTHER_HALF[register] else half
+            sign_half = 1 - half if SIGN_IN_OTHER_HALF[register] else half
             code = ((word >> (16 * sign_half + sign)) & 1) << 3
             code |= ((word >> (16 * half + high)) & 1) << 2
             code |= ((word >> (16 * half + low)) & 1) << 1

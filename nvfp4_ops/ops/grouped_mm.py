@@ -17,7 +17,7 @@ from nvfp4_ops.registry import (
     check_multiple,
     check_offs,
     check_rank,
-    check_same_device,
+    check_same_devices,
     check_shape,
     register,
     shape_text,
@@ -116,7 +116,7 @@ def _check_operands(arguments: _Arguments) -> None:
 
 
 def _check(arguments: _Arguments, act: Activation) -> None:
-    a, b, _, _, alpha, offs, row_scale, bias, _, _, out_dtype, _ = arguments
+    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, _ = arguments
     check_rank("a", a, 2, "(R, K) or (R, K/2) codes")
     _check_operands(arguments)
     num_experts, n = b.shape[0], arguments.n
@@ -143,9 +143,16 @@ def _check(arguments: _Arguments, act: Activation) -> None:
         check_shape("bias", bias, (num_experts, n), "(E, N)")
     if out_dtype not in FLOAT_DTYPES:
         raise TypeError(f"out_dtype: must be bfloat16, float16 or float32, got {out_dtype}")
-    for name, value in arguments._asdict().items():
-        if isinstance(value, Tensor):
-            check_same_device(name, value, a.device)
+    check_same_devices(
+        a.device,
+        b=b,
+        sf_a=sf_a,
+        sf_b=sf_b,
+        alpha=alpha,
+        offs=offs,
+        row_scale=row_scale,
+        bias=bias,
+    )
 
 
 def _shape(arguments: _Arguments, act: Activation) -> tuple[int, int]:
