@@ -6,6 +6,7 @@ from nvfp4_ops.calibration import calibrate
 from nvfp4_ops.checkpoint import CheckpointError
 from nvfp4_ops.moe import NVFP4MoE
 from nvfp4_ops.ops import (
+    activate_and_quantize_nvfp4,
     dequantize_nvfp4,
     global_scale,
     grouped_scaled_mm,
@@ -33,6 +34,7 @@ __all__ = [
     "NVFP4Weight",
     "SigmoidRouter",
     "SoftmaxRouter",
+    "activate_and_quantize_nvfp4",
     "backend_info",
     "calibrate",
     "combine",

@@ -73,7 +73,9 @@ def spread_byte(code_byte: Uint32) -> Uint32:
 
 
 def _multiply_pairs(first: Uint32, second: Uint32) -> Uint32:
-    return ptx("mul.rn.bf16x2 {$w0}, {$r0}, {$r1};", Uint32, first, second)
+    # The instruction takes no immediate.
+    code = "{.reg .b32 second; mov.b32 second, {$r1}; mul.rn.bf16x2 {$w0}, {$r0}, second;}"
+    return ptx(code, Uint32, first, second)
 
 
 def _decode_sf(sf: Uint32) -> Uint32:
@@ -190,10 +192,7 @@ class DecodeKernel:
                 sf_row = mSf.iterator.toint() + Int64(row) * Int64(num_cols)
                 self._decode_row(mCodes, mScale, mOut, row, sf_row, expert)
         if cutlass.const_expr(config.ragged):
-            # The same warps once more, for the rows of no expert.
-            first_row, stride = end_row + cta * WARPS + warp, cute.arch.grid_dim()[0] * WARPS
-            for row in cutlass.range(first_row, num_rows, stride, unroll=1):
-                self._zero_row(mOut, row)
+            self._zero_rows_from(mOut, end_row)
 
     @cute.jit
     def _decode_row(
@@ -262,14 +261,19 @@ class DecodeKernel:
         return first, num_vectors, cute.arch.grid_dim()[1] * step
 
     @cute.jit
-    def _zero_row(self, mOut: cute.Tensor, row: Int32):
-        num_vectors = Int32(mOut.shape[1]) // self.vector_size
-        out_row = mOut.iterator.toint() + Int64(row) * Int64(num_vectors) * VECTOR_BYTES
+    def _zero_rows_from(self, mOut: cute.Tensor, end_row: Int32):
+        """Rows of no expert, by all warps of the grid."""
+        num_rows, num_vectors = Int32(mOut.shape[0]), Int32(mOut.shape[1]) // self.vector_size
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        first_row = end_row + cute.arch.block_idx()[0] * WARPS + warp
+        row_stride = cute.arch.grid_dim()[0] * WARPS
         first = cute.arch.block_idx()[1] * WARP + cute.arch.lane_idx()
         stride = cute.arch.grid_dim()[1] * WARP
-        for vector in cutlass.range(first, num_vectors, stride, unroll=1):
-            zero = [Uint32(0)] * (VECTOR_BYTES // WORD_BYTES)
-            store_words(out_row + Int64(vector) * VECTOR_BYTES, zero)
+        for row in cutlass.range(first_row, num_rows, row_stride, unroll=1):
+            out_row = mOut.iterator.toint() + Int64(row) * Int64(num_vectors) * VECTOR_BYTES
+            for vector in cutlass.range(first, num_vectors, stride, unroll=1):
+                zero = [Uint32(0)] * (VECTOR_BYTES // WORD_BYTES)
+                store_words(out_row + Int64(vector) * VECTOR_BYTES, zero)
 
     def compile(self, options: str = "") -> Callable[..., None]:
         config, rows, cols = self.config, cute.sym_int32(), cute.sym_int32()
