@@ -175,20 +175,14 @@ def build(config: AmaxConfig, options: str = "") -> Callable[..., None]:
 
 
 def choose_row_warps(num_rows: int, row_bytes: int, multiprocessors: int, warps: int = 8) -> int:
-    """One warp a row where rows are many or short, more where a few rows are to be spread.
+    """One warp a row where rows are short or many, else the CTA's: a few rows are to be spread.
 
-    >>> [choose_row_warps(rows, 14336, 132) for rows in (1, 500, 65536)]
+    >>> [choose_row_warps(rows, 14336, 132) for rows in (1, 1000, 65536)]
     [8, 8, 1]
     """
-    row_warps = 1
     lane_bytes = VECTORS_PER_LANE * VECTOR_BYTES * WARP
-    while (
-        row_warps < warps
-        and num_rows * row_warps < 16 * warps * multiprocessors
-        and row_bytes > lane_bytes * row_warps
-    ):
-        row_warps *= 2
-    return row_warps
+    many = num_rows >= 4 * warps * multiprocessors
+    return 1 if many or row_bytes <= lane_bytes else warps
 
 
 def launch_row_scales(*, x: Tensor, scale: Tensor, get_compiled: GetCompiled) -> None:
