@@ -12,6 +12,7 @@ from nvfp4_ops.ops import (
     grouped_scaled_mm,
     prepack_weight,
     quantize_nvfp4,
+    quantize_per_token_nvfp4,
     swizzle_sf,
     unswizzle_sf,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "permute",
     "prepack_weight",
     "quantize_nvfp4",
+    "quantize_per_token_nvfp4",
     "quantize_weight",
     "router_logits",
     "sigmoid_top_k",

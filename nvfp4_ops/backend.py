@@ -11,6 +11,7 @@ REFERENCE = "PyTorch reference"
 HAVE_KERNELS = {
     "quantize_nvfp4": "",
     "activate_and_quantize_nvfp4": "",
+    "quantize_per_token_nvfp4": "",
     "global_scale": " (K a multiple of 16; else the reference)",
     "dequantize_nvfp4": "",
     "swizzle_sf": "",

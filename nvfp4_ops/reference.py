@@ -155,6 +155,17 @@ def activate_and_quantize_nvfp4(
     return quantize_nvfp4(activated, global_scale, offs, swizzled)
 
 
+def quantize_per_token_nvfp4(
+    x: Tensor, activation: Activation, offs: Tensor | None = None, swizzled: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    activated = activations.apply(activation, x.float()).to(x.dtype)
+    row_scale = global_scale(activated, per_token=True)
+    if offs is not None:
+        rows = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
+        row_scale = torch.where(rows < offs[-1], row_scale, 1.0)
+    return *quantize_nvfp4(activated, row_scale, offs, swizzled), row_scale
+
+
 def quantize_weight(w: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
     """ModelOpt's rule: w (..., N, K), global_scale () or (E, 1, 1) -> codes, block scales."""
     blocks = w.float().unflatten(-1, (-1, nvfp4.BLOCK_SIZE))

@@ -180,6 +180,20 @@ def _activate_samples() -> list[Sample]:
     ]
 
 
+def _per_token_samples() -> list[Sample]:
+    def sample(name: str, arguments: Callable[[int], tuple[Any, ...]], **options: Any) -> Sample:
+        return Sample("quantize_per_token_nvfp4", name, arguments, options)
+
+    bf16 = _rows(torch.bfloat16)
+    return [
+        sample("rows", lambda r: (bf16(r),)),
+        sample("ragged-swizzled", lambda r: (bf16(r), offs_of(_split(r))), swizzled=True),
+        sample(
+            "clamped", lambda r: (_rows(torch.float32)(r),), activation=Activation("silu_mul", 2.0)
+        ),
+    ]
+
+
 def _dequantize_samples() -> list[Sample]:
     def sample(name: str, arguments: Callable[[int], tuple[Any, ...]], **options: Any) -> Sample:
         return Sample("dequantize_nvfp4", name, arguments, options)
@@ -333,6 +347,7 @@ SAMPLES = [
     Sample("global_scale", "per-token", lambda r: (_rows(torch.float32)(r),), {"per_token": True}),
     Sample("global_scale", "strided", lambda r: (_strided_rows(r),), {"per_token": True}),
     *_activate_samples(),
+    *_per_token_samples(),
     *_dequantize_samples(),
     *_swizzle_samples(),
     *_mm_samples(),

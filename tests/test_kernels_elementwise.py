@@ -33,14 +33,21 @@ from cutlass import Int32, Uint32
 from cutlass.cute.runtime import from_dlpack
 
 from nvfp4_ops.kernels import amax, decode
+from nvfp4_ops.kernels import quantize_per_token as per_token
 from nvfp4_ops.kernels import quantize_rows as quantize
 from nvfp4_ops.kernels.amax import AmaxConfig
 from nvfp4_ops.kernels.decode import DecodeConfig
+from nvfp4_ops.kernels.quantize_per_token import PerTokenConfig
 from nvfp4_ops.kernels.quantize_rows import QuantizeConfig
 
 BF16, FP16, FP32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-MODULES = {AmaxConfig: amax, DecodeConfig: decode, QuantizeConfig: quantize}
+MODULES = {
+    AmaxConfig: amax,
+    DecodeConfig: decode,
+    PerTokenConfig: per_token,
+    QuantizeConfig: quantize,
+}
 
 AMAX_CONFIGS = [
     *(AmaxConfig(dtype, "row", row_warps) for dtype in DTYPES for row_warps in (1, 8)),
@@ -65,6 +72,14 @@ ACTIVATED_CONFIGS = [
     QuantizeConfig(FP32, "expert", True, True, "silu_mul", 10.0),
 ]
 
+PER_TOKEN_CONFIGS = [
+    per_token.choose_config(BF16, 2048),
+    per_token.choose_config(FP16, 16384, ragged=True),
+    per_token.choose_config(FP32, 16384),
+    per_token.choose_config(BF16, 16384, ragged=True, activation="silu_mul"),
+    per_token.choose_config(FP32, 8192, activation="swiglu_oai", limit=7.0),
+]
+
 # --- Compiled without a GPU -------------------------------------------------------------------
 
 
@@ -74,7 +89,9 @@ def build(config: Any, options: str = "") -> Any:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests compile and run them")
 @pytest.mark.parametrize(
-    "config", [*AMAX_CONFIGS, *DECODE_CONFIGS, *ACTIVATED_CONFIGS], ids=config_id
+    "config",
+    [*AMAX_CONFIGS, *DECODE_CONFIGS, *ACTIVATED_CONFIGS, *PER_TOKEN_CONFIGS],
+    ids=config_id,
 )
 def test_kernels_compile_without_a_stack(config: Any, tmp_path: Path) -> None:
     ptx = build(config, f"--keep-ptx --keep-cubin --dump-dir {tmp_path}").__ptx__
@@ -90,8 +107,22 @@ def test_kernels_compile_without_a_stack(config: Any, tmp_path: Path) -> None:
     elif isinstance(config, DecodeConfig):
         assert "fma" not in ptx
         assert registers * decode.THREADS * decode.RESIDENT_CTAS <= 1 << 16
-    else:
+    elif isinstance(config, QuantizeConfig):
         assert registers * config.threads * config.resident_ctas <= 1 << 16
+
+
+@pytest.mark.parametrize("activation", ["none", "silu_mul"])
+@every_dtype
+def test_per_token_config_holds_the_row(dtype: torch.dtype, activation: str) -> None:
+    limit = 8192 if dtype == FP32 and activation == "silu_mul" else 16384
+    for k in (16, 512, 768, 2048, 2880, 4096, 7168, limit):
+        config = per_token.choose_config(dtype, k, activation=activation)
+        assert config is not None
+        num_blocks = 32 * config.row_warps * config.blocks_per_lane
+        assert k <= 16 * num_blocks
+        # Not more idle lanes than the next smaller power of two would have.
+        assert num_blocks < 2 * max(k // 16, 32)
+    assert per_token.choose_config(dtype, limit + 16, activation=activation) is None
 
 
 def test_kernel_configs_are_checked() -> None:
@@ -120,6 +151,13 @@ def test_spread_byte_is_the_value_of_every_pair_of_codes() -> None:
     assert torch.equal(values, expected.double())
     assert torch.equal(values.signbit(), expected.signbit())
 
+
+OPS = (
+    "activate_and_quantize_nvfp4",
+    "dequantize_nvfp4",
+    "global_scale",
+    "quantize_per_token_nvfp4",
+)
 
 # --- Run on a GPU -----------------------------------------------------------------------------
 
@@ -325,6 +363,27 @@ def test_activate_and_quantize_kernel_is_near_the_reference(
 
 
 @pytest.mark.gpu
+@every_dtype
+@pytest.mark.parametrize("k", [16, 768, 2880, 7168, 20000])
+def test_quantize_per_token_kernel_gives_the_bytes_of_the_reference(
+    dtype: torch.dtype, k: int
+) -> None:
+    for act in (Activation("none"), Activation("relu2"), Activation("relu2_mul")):
+        x = hard_values(131, 2 * k if act.gated else k).to(dtype)
+        on_one = torch.full((3,), 131, dtype=torch.int32)
+        for offs in (None, offs_of(131, 5), offs_of(131, 300), on_one, torch.zeros_like(on_one)):
+            offs_cuda = None if offs is None else offs.cuda()
+            for swizzled in (False, True):
+                expected = reference.quantize_per_token_nvfp4(x, act, offs, swizzled)
+                actual = nvfp4_ops.quantize_per_token_nvfp4(
+                    x.cuda(), offs_cuda, activation=act, swizzled=swizzled
+                )
+                for got, want in zip(actual[:2], expected[:2], strict=True):
+                    assert torch.equal(got.cpu().view(torch.uint8), want.view(torch.uint8))
+                assert_same_values(actual[2], expected[2])
+
+
+@pytest.mark.gpu
 def test_elementwise_ops_replay_in_a_cuda_graph_with_new_inputs() -> None:
     """A chain of kernels that follow each other closely, each on the previous one's output."""
     x, offs = torch.randn(300, 512).bfloat16().cuda(), offs_of(300, 6).cuda()
@@ -336,7 +395,8 @@ def test_elementwise_ops_replay_in_a_cuda_graph_with_new_inputs() -> None:
         decoded = nvfp4_ops.dequantize_nvfp4(codes, linear, scale, offs, dtype=BF16)
         per_row = nvfp4_ops.global_scale(decoded, per_token=True)
         act = nvfp4_ops.activate_and_quantize_nvfp4(decoded, per_row, offs, activation="relu2_mul")
-        return scale, codes, sf, linear, decoded, per_row, *act
+        rows = nvfp4_ops.quantize_per_token_nvfp4(decoded, offs, activation="relu2", swizzled=True)
+        return scale, codes, sf, linear, decoded, per_row, *act, *rows
 
     chain()
     torch.cuda.synchronize()
@@ -358,7 +418,8 @@ def test_elementwise_ops_replay_in_a_cuda_graph_with_new_inputs() -> None:
         act = reference.activate_and_quantize_nvfp4(
             decoded, per_row, Activation("relu2_mul"), offs_cpu
         )
-        expected = (scale, codes, sf, linear, decoded, per_row, *act)
+        rows = reference.quantize_per_token_nvfp4(decoded, Activation("relu2"), offs_cpu, True)
+        expected = (scale, codes, sf, linear, decoded, per_row, *act, *rows)
         for i, (got, want) in enumerate(zip(replayed, expected, strict=True)):
             as_bytes = [t.cpu().contiguous().view(-1).view(torch.uint8) for t in (got, want)]
             assert torch.equal(*as_bytes), i
@@ -370,5 +431,5 @@ def test_elementwise_kernels_serve_the_ops() -> None:
     assert nvfp4_ops.kernels.why_no_global_scale(x) is None
     assert "multiples of 16" in str(nvfp4_ops.kernels.why_no_global_scale(x[:, :60]))
     served = nvfp4_ops.backend_info()
-    for op in ("global_scale", "dequantize_nvfp4", "activate_and_quantize_nvfp4"):
+    for op in OPS:
         assert served[op]["cuda"].startswith("CuTe DSL")

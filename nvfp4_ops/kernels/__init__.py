@@ -23,6 +23,7 @@ __all__ = [
     "prepack",
     "prepacked_shape",
     "quantize",
+    "quantize_per_token",
     "swizzle",
     "unpack",
     "unswizzle",
@@ -179,6 +180,43 @@ def quantize(
         limit=limit,
         get_compiled=_get_compiled("quantize", kernel),
     )
+
+
+def quantize_per_token(
+    x: Tensor,
+    offs: Tensor | None,
+    codes: Tensor,
+    block_scale: Tensor,
+    row_scale: Tensor,
+    *,
+    activation: str,
+    limit: float | None,
+) -> bool:
+    """Write ``codes``, linear ``block_scale`` and ``row_scale`` of the activated rows of x.
+
+    Returns False, with nothing written, where a row is too long for the kernel.
+    """
+    from nvfp4_ops.kernels import quantize_per_token as kernel
+
+    config = kernel.choose_config(
+        x.dtype,
+        codes.shape[1] * nvfp4.CODES_PER_BYTE,
+        ragged=offs is not None,
+        activation=activation,
+        limit=limit,
+    )
+    if config is None:
+        return False
+    kernel.launch_quantize_per_token(
+        x=_readable_rows(x),
+        offs=offs,
+        config=config,
+        codes=codes,
+        block_scale=block_scale,
+        row_scale=row_scale,
+        get_compiled=_get_compiled("quantize_per_token", kernel),
+    )
+    return True
 
 
 def dequantize(

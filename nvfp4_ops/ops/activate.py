@@ -17,8 +17,8 @@ from nvfp4_ops.registry import (
 )
 
 
-def _check(
-    x: Tensor, global_scale: Tensor, offs: Tensor | None, activation: str, limit: float | None
+def check_activated(
+    x: Tensor, offs: Tensor | None, activation: str, limit: float | None
 ) -> Activation:
     act = Activation(activation, limit)
     check_rank("x", x, 2, "(R, 2K)" if act.gated else "(R, K)")
@@ -29,18 +29,26 @@ def _check(
         check_multiple("x", "K", x.shape[1], nvfp4.BLOCK_SIZE)
     if offs is not None:
         check_offs(offs, x.shape[0])
-    check_row_scale("global_scale", global_scale, offs, x.shape[0])
-    for name, tensor in (("global_scale", global_scale), ("offs", offs)):
-        check_same_device(name, tensor, x.device)
+    check_same_device("offs", offs, x.device)
     return act
 
 
-def _empty(
+def empty_quantized(
     x: Tensor, offs: Tensor | None, act: Activation, swizzled: bool
 ) -> tuple[Tensor, Tensor]:
+    """Codes and block scales of the activated rows of x."""
     k = x.shape[1] // 2 if act.gated else x.shape[1]
     codes, sf = quantized_shapes(x.shape[0], k, offs, swizzled)
     return x.new_empty(codes, dtype=torch.uint8), x.new_empty(sf, dtype=torch.float8_e4m3fn)
+
+
+def _check(
+    x: Tensor, global_scale: Tensor, offs: Tensor | None, activation: str, limit: float | None
+) -> Activation:
+    act = check_activated(x, offs, activation, limit)
+    check_row_scale("global_scale", global_scale, offs, x.shape[0])
+    check_same_device("global_scale", global_scale, x.device)
+    return act
 
 
 def _fake(
@@ -52,7 +60,7 @@ def _fake(
     swizzled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     act = _check(x, global_scale, offs, activation, limit)
-    return _empty(x, offs, act, swizzled)
+    return empty_quantized(x, offs, act, swizzled)
 
 
 def _kernel(
@@ -67,7 +75,7 @@ def _kernel(
     num_experts = 1 if offs is None else offs.shape[0]
     if not x.is_cuda or kernels.why_no_elementwise(x, num_experts) is not None:
         return reference.activate_and_quantize_nvfp4(x, global_scale, act, offs, swizzled)
-    codes, block_scale = _empty(x, offs, act, swizzled)
+    codes, block_scale = empty_quantized(x, offs, act, swizzled)
     kernels.quantize(
         x, global_scale, offs, codes, block_scale, activation=act.name, limit=act.limit
     )
