@@ -32,12 +32,11 @@ import cutlass.cute as cute
 from cutlass import Int32, Uint32
 from cutlass.cute.runtime import from_dlpack
 
-from nvfp4_ops.kernels import amax, decode
-from nvfp4_ops.kernels import quantize_per_token as per_token
+from nvfp4_ops.kernels import amax, decode, per_token
 from nvfp4_ops.kernels import quantize_rows as quantize
 from nvfp4_ops.kernels.amax import AmaxConfig
 from nvfp4_ops.kernels.decode import DecodeConfig
-from nvfp4_ops.kernels.quantize_per_token import PerTokenConfig
+from nvfp4_ops.kernels.per_token import PerTokenConfig
 from nvfp4_ops.kernels.quantize_rows import QuantizeConfig
 
 BF16, FP16, FP32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -221,9 +220,9 @@ def test_global_scale_kernel_with_strided_rows() -> None:
     # Rows that start at multiples of 16 bytes, and rows that do not.
     for part in (slice(16, 336), slice(1, 17), slice(0, 400)):
         x, x_cuda = wide[::3, part], wide.cuda()[::3, part]
-        for per_token in (False, True):
-            expected = reference.global_scale(x, per_token)
-            assert_same_values(nvfp4_ops.global_scale(x_cuda, per_token), expected)
+        for of_rows in (False, True):
+            expected = reference.global_scale(x, of_rows)
+            assert_same_values(nvfp4_ops.global_scale(x_cuda, of_rows), expected)
 
 
 def check_dequantize(

@@ -196,7 +196,7 @@ def quantize_per_token(
 
     Returns False, with nothing written, where a row is too long for the kernel.
     """
-    from nvfp4_ops.kernels import quantize_per_token as kernel
+    from nvfp4_ops.kernels import per_token as kernel
 
     config = kernel.choose_config(
         x.dtype,
