@@ -427,8 +427,11 @@ def test_elementwise_ops_replay_in_a_cuda_graph_with_new_inputs() -> None:
 @pytest.mark.gpu
 def test_elementwise_kernels_serve_the_ops() -> None:
     x = torch.randn(4, 64, device="cuda")
-    assert nvfp4_ops.kernels.why_no_global_scale(x) is None
-    assert "multiples of 16" in str(nvfp4_ops.kernels.why_no_global_scale(x[:, :60]))
+    for of_rows in (False, True):
+        assert nvfp4_ops.kernels.why_no_global_scale(x, of_rows) is None
+        reason = nvfp4_ops.kernels.why_no_global_scale(x[:3, :60], of_rows)
+        assert "multiple of 16" in str(reason)
+    assert nvfp4_ops.global_scale(x[0, 0]) == reference.global_scale(x[0, 0].cpu())
     served = nvfp4_ops.backend_info()
     for op in OPS:
         assert served[op]["cuda"].startswith("CuTe DSL")

@@ -128,12 +128,13 @@ def grouped_mm(
     )
 
 
-def why_no_global_scale(x: Tensor) -> str | None:
+def why_no_global_scale(x: Tensor, per_token: bool) -> str | None:
     """Why the global scale kernels can not serve x, or None where they can."""
     if x.numel() >= 1 << 31:
         return "the kernel takes fewer than 2^31 elements"
-    if x.shape[-1] % nvfp4.BLOCK_SIZE:
-        return f"the kernel takes K in multiples of {nvfp4.BLOCK_SIZE}, got {x.shape[-1]}"
+    if (x.shape[1] if per_token else x.numel()) % nvfp4.BLOCK_SIZE:
+        what = "rows" if per_token else "tensors"
+        return f"the kernel takes {what} of a multiple of {nvfp4.BLOCK_SIZE} elements"
     return why_no_elementwise(x)
 
 

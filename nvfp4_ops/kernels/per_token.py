@@ -6,6 +6,7 @@ rows are limited; ``amax`` and ``quantize_rows`` do any row in two passes.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import cuda.bindings.driver as cuda_driver
 import cutlass
@@ -184,6 +185,7 @@ def build(config: PerTokenConfig, options: str = "") -> Callable[..., None]:
     return PerTokenKernel(config).compile(options)
 
 
+@cache
 def choose_config(
     dtype: torch.dtype,
     k: int,

@@ -5,6 +5,7 @@ Portable CuTe DSL. The kernel is bound by memory; ``blocks`` has its arithmetic.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import cuda.bindings.driver as cuda_driver
@@ -356,6 +357,7 @@ def build(config: QuantizeConfig, options: str = "") -> Callable[..., None]:
     return QuantizeKernel(config).compile(options)
 
 
+@cache
 def choose_col_warps(num_sf_cols: int, warps: int) -> int:
     """Warps side by side in a line: of those that waste the fewest, the most, up to half of all.
 

@@ -151,7 +151,7 @@ def _fake_global_scale(x: Tensor, per_token: bool = False) -> Tensor:
 
 def _kernel_global_scale(x: Tensor, per_token: bool = False) -> Tensor:
     _check_global_scale(x, per_token)
-    if not x.is_cuda or kernels.why_no_global_scale(x) is not None:
+    if not x.is_cuda or kernels.why_no_global_scale(x, per_token) is not None:
         return reference.global_scale(x, per_token)
     scale = x.new_empty((x.shape[0], 1) if per_token else (), dtype=torch.float32)
     kernels.global_scale(x, scale)
