@@ -6,11 +6,13 @@ from nvfp4_ops.calibration import calibrate
 from nvfp4_ops.checkpoint import CheckpointError
 from nvfp4_ops.moe import NVFP4MoE
 from nvfp4_ops.ops import (
+    activate_and_quantize_nvfp4,
     dequantize_nvfp4,
     global_scale,
     grouped_scaled_mm,
     prepack_weight,
     quantize_nvfp4,
+    quantize_per_token_nvfp4,
     swizzle_sf,
     unswizzle_sf,
 )
@@ -34,6 +36,7 @@ __all__ = [
     "NVFP4Weight",
     "SigmoidRouter",
     "SoftmaxRouter",
+    "activate_and_quantize_nvfp4",
     "backend_info",
     "calibrate",
     "combine",
@@ -43,6 +46,7 @@ __all__ = [
     "permute",
     "prepack_weight",
     "quantize_nvfp4",
+    "quantize_per_token_nvfp4",
     "quantize_weight",
     "router_logits",
     "sigmoid_top_k",

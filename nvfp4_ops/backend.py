@@ -10,6 +10,10 @@ from nvfp4_ops.registry import registered_ops
 REFERENCE = "PyTorch reference"
 HAVE_KERNELS = {
     "quantize_nvfp4": "",
+    "activate_and_quantize_nvfp4": "",
+    "quantize_per_token_nvfp4": "",
+    "global_scale": " (a multiple of 16 elements, or of 16 a row; else the reference)",
+    "dequantize_nvfp4": "",
     "swizzle_sf": "",
     "unswizzle_sf": "",
     "grouped_scaled_mm": " (bf16 or NVFP4 rows, bf16 or fp32 out; else the reference)",

@@ -144,6 +144,28 @@ def quantize_nvfp4(
     return codes, swizzle_sf(block_scale, offs) if swizzled else block_scale
 
 
+def activate_and_quantize_nvfp4(
+    x: Tensor,
+    global_scale: Tensor,
+    activation: Activation,
+    offs: Tensor | None = None,
+    swizzled: bool = False,
+) -> tuple[Tensor, Tensor]:
+    activated = activations.apply(activation, x.float()).to(x.dtype)
+    return quantize_nvfp4(activated, global_scale, offs, swizzled)
+
+
+def quantize_per_token_nvfp4(
+    x: Tensor, activation: Activation, offs: Tensor | None = None, swizzled: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    activated = activations.apply(activation, x.float()).to(x.dtype)
+    row_scale = global_scale(activated, per_token=True)
+    if offs is not None:
+        rows = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
+        row_scale = torch.where(rows < offs[-1], row_scale, 1.0)
+    return *quantize_nvfp4(activated, row_scale, offs, swizzled), row_scale
+
+
 def quantize_weight(w: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
     """ModelOpt's rule: w (..., N, K), global_scale () or (E, 1, 1) -> codes, block scales."""
     blocks = w.float().unflatten(-1, (-1, nvfp4.BLOCK_SIZE))
@@ -173,7 +195,11 @@ def dequantize_nvfp4(
         scale = global_scale if global_scale.ndim == 0 else global_scale.reshape(-1, 1, 1)
     else:
         scale = _broadcast_global_scale(global_scale, offs, codes.shape[0])
-    return (decode_blocks(codes, block_scale, torch.float32) * scale).to(dtype)
+    values = (decode_blocks(codes, block_scale, torch.float32) * scale).to(dtype)
+    if offs is not None:
+        rows = torch.arange(codes.shape[0], device=codes.device)
+        values = torch.where((rows < offs[-1]).unsqueeze(-1), values, 0)
+    return values
 
 
 def _tile_row(offs: Tensor | None, num_rows: int, bound_rows: int, device: torch.device) -> Tensor:

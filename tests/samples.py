@@ -163,6 +163,37 @@ def _quantize_samples() -> list[Sample]:
     ]
 
 
+def _activate_samples() -> list[Sample]:
+    def sample(name: str, arguments: Callable[[int], tuple[Any, ...]], **options: Any) -> Sample:
+        return Sample("activate_and_quantize_nvfp4", name, arguments, options)
+
+    bf16 = _rows(torch.bfloat16, 64)
+    return [
+        sample("gated", lambda r: (bf16(r), _scale(), None), activation="silu_mul"),
+        sample(
+            "clamped-ragged",
+            lambda r: (_rows(torch.float16, 96)(r), _scale(3), offs_of(_split(r))),
+            activation=Activation("swiglu_oai", 2.0),
+            swizzled=True,
+        ),
+        sample("relu2", lambda r: (bf16(r), _scale(r, 1), None), activation="relu2"),
+    ]
+
+
+def _per_token_samples() -> list[Sample]:
+    def sample(name: str, arguments: Callable[[int], tuple[Any, ...]], **options: Any) -> Sample:
+        return Sample("quantize_per_token_nvfp4", name, arguments, options)
+
+    bf16 = _rows(torch.bfloat16)
+    return [
+        sample("rows", lambda r: (bf16(r),)),
+        sample("ragged-swizzled", lambda r: (bf16(r), offs_of(_split(r))), swizzled=True),
+        sample(
+            "clamped", lambda r: (_rows(torch.float32)(r),), activation=Activation("silu_mul", 2.0)
+        ),
+    ]
+
+
 def _dequantize_samples() -> list[Sample]:
     def sample(name: str, arguments: Callable[[int], tuple[Any, ...]], **options: Any) -> Sample:
         return Sample("dequantize_nvfp4", name, arguments, options)
@@ -322,6 +353,8 @@ SAMPLES = [
     Sample("global_scale", "per-tensor", lambda r: (_rows(torch.bfloat16)(r),)),
     Sample("global_scale", "per-token", lambda r: (_rows(torch.float32)(r),), {"per_token": True}),
     Sample("global_scale", "strided", lambda r: (_strided_rows(r),), {"per_token": True}),
+    *_activate_samples(),
+    *_per_token_samples(),
     *_dequantize_samples(),
     *_swizzle_samples(),
     *_mm_samples(),

@@ -1,14 +1,23 @@
 """The quantize and swizzle kernels: compiled anywhere, run and compared on a GPU."""
 
 import os
-import struct
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kernel_checks import (
+    INF,
+    NAN,
+    POISON,
+    assert_follows_previous_kernel,
+    config_id,
+    frames_and_registers,
+    hard_values,
+    offs_of,
+    poisoned,
+)
 
 import nvfp4_ops
 from nvfp4_ops import format as nvfp4
@@ -24,6 +33,7 @@ import cutlass.cute as cute
 from cutlass import Float32, Int32, Uint32
 from cutlass.cute.runtime import from_dlpack
 
+from nvfp4_ops.kernels import blocks
 from nvfp4_ops.kernels import quantize_rows as quantize
 from nvfp4_ops.kernels import swizzle_sf as swizzle
 from nvfp4_ops.kernels.quantize_rows import QuantizeConfig
@@ -31,8 +41,6 @@ from nvfp4_ops.kernels.swizzle_sf import SwizzleConfig
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-NAN, INF = float("nan"), float("inf")
-POISON = 0xAA
 
 QUANTIZE_CONFIGS = [
     QuantizeConfig(dtype, scale, swizzled, ragged)
@@ -50,11 +58,6 @@ SWIZZLE_CONFIGS = [
 ]
 
 
-def config_id(config: Any) -> str:
-    values = vars(config).items()
-    return "-".join(f"{name}={str(value).removeprefix('torch.')}" for name, value in values)
-
-
 # --- Compiled without a GPU -------------------------------------------------------------------
 
 
@@ -63,51 +66,31 @@ def build(config: Any, options: str = "") -> Any:
     return module.build(config, options)
 
 
-def frame_bytes(cubin: bytes) -> Iterator[int]:
-    """Stack frame of each function of a cubin, from the attributes of its .nv.info section."""
-    (section_table,) = struct.unpack_from("<Q", cubin, 0x28)
-    entry_size, count, names_index = struct.unpack_from("<HHH", cubin, 0x3A)
-    headers = [
-        struct.unpack_from("<IIQQQQ", cubin, section_table + i * entry_size) for i in range(count)
-    ]
-    names_at = headers[names_index][4]
-    for name, _, _, _, start, size in headers:
-        end_of_name = cubin.index(b"\0", names_at + name)
-        if cubin[names_at + name : end_of_name] != b".nv.info":
-            continue
-        position = start
-        while position < start + size:
-            kind, attribute, length = struct.unpack_from("<BBH", cubin, position)
-            sized, frame_size = 0x04, 0x11
-            if kind == sized and attribute == frame_size:
-                yield struct.unpack_from("<II", cubin, position + 4)[1]
-            position += 4 + (length if kind == sized else 0)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests compile and run them")
 @pytest.mark.parametrize("config", [*QUANTIZE_CONFIGS, *SWIZZLE_CONFIGS], ids=config_id)
 def test_kernels_compile_to_exact_arithmetic_in_registers(config: Any, tmp_path: Path) -> None:
     compiled = build(config, f"--keep-ptx --keep-cubin --dump-dir {tmp_path}")
     ptx = compiled.__ptx__
-    frames = [
-        size for cubin in tmp_path.glob("*.cubin") for size in frame_bytes(cubin.read_bytes())
-    ]
+    frames, registers = frames_and_registers(tmp_path)
     assert frames
     assert not any(frames)
     for inexact in (".local", ".ftz", ".approx", "div.full"):
         assert inexact not in ptx
+    assert_follows_previous_kernel(ptx)
     if isinstance(config, SwizzleConfig):
         assert "st.global.v4" in ptx or "ld.global.v4" in ptx
-    else:
-        blocks = ptx.count("ld.global.v4.b32") / (config.dtype.itemsize * nvfp4.BLOCK_SIZE / 16)
-        assert blocks == quantize.BLOCKS_PER_LANE
-    if isinstance(config, QuantizeConfig):
-        # Reciprocals of the global scale, of its reciprocal, and of each block's scale.
-        assert ptx.count("rcp.rn.f32") == 2 + quantize.BLOCKS_PER_LANE
-        # The only sum is the rounding one: nothing else could be contracted.
-        assert ptx.count("fma.rn.f32") == quantize.BLOCKS_PER_LANE * nvfp4.BLOCK_SIZE
-        assert "add.rn.f32" not in ptx
-        assert "add.f32" not in ptx
+        return
+    # Each block is loaded before the loop and, for the next step, in it.
+    vectors = 2 * config.dtype.itemsize * nvfp4.BLOCK_SIZE // 16
+    assert ptx.count("ld.global.v4.b32") == vectors * quantize.BLOCKS_PER_LANE
+    # Reciprocals of the global scale, of its reciprocal, and of each block's scale.
+    assert ptx.count("rcp.rn.f32") == 2 + quantize.BLOCKS_PER_LANE
+    # The only sum is the rounding one: nothing else could be contracted.
+    assert ptx.count("fma.rn.f32") == quantize.BLOCKS_PER_LANE * nvfp4.BLOCK_SIZE
+    assert "add.rn.f32" not in ptx
+    assert "add.f32" not in ptx
+    # As many CTAs as the grid of ragged rows counts on.
+    assert registers * config.threads * config.resident_ctas <= 1 << 16
 
 
 def test_quantize_config_needs_offs_for_a_scale_per_expert() -> None:
@@ -117,6 +100,53 @@ def test_quantize_config_needs_offs_for_a_scale_per_expert() -> None:
         quantize.QuantizeKernel(QuantizeConfig(torch.bfloat16, "row", False, False, threads=100))
     with pytest.raises(ValueError, match="dtype"):
         quantize.QuantizeKernel(QuantizeConfig(torch.float64, "row", False, False))
+
+
+@pytest.mark.parametrize("warps", [1, 4, 8])
+@pytest.mark.parametrize("cols", [1, 4, 8, 16, 17, 48, 128, 180, 448])
+def test_quantize_col_warps_waste_the_fewest_columns(cols: int, warps: int) -> None:
+    chosen = quantize.choose_col_warps(cols, warps)
+    assert warps % chosen == 0
+    covered = {
+        width: nvfp4.ceil_div(cols, width * quantize.SWIZZLED_COLS) * width
+        for width in (1, 2, 4)
+        if 2 * width <= warps or width == 1
+    }
+    assert covered[chosen] == min(covered.values())
+    assert chosen == max(width for width, size in covered.items() if size == covered[chosen])
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("swizzled", [False, True])
+@pytest.mark.parametrize("rows", [1, 127, 129, 16384])
+@pytest.mark.parametrize("cols", [1, 7, 48, 128, 448])
+def test_quantize_grid_covers_every_block_once(
+    rows: int, cols: int, swizzled: bool, ragged: bool
+) -> None:
+    """The kernel's index arithmetic, of CTA, warp and lane, in integers on the host."""
+    config = QuantizeConfig(torch.bfloat16, "tensor", swizzled, ragged)
+    row_tiles = nvfp4.swizzled_shape((rows, cols), 3 if ragged else None)[0]
+    grid_rows, grid_steps, col_warps = quantize.choose_grid(config, rows, cols, row_tiles, 132)
+    warps = config.threads // 32
+    assert warps % col_warps == 0
+    lanes = quantize.SWIZZLED_LANES if swizzled else quantize.LINEAR_LANES
+    cols_per_step = quantize.BLOCKS_PER_LANE * lanes * col_warps
+    lane = torch.arange(lanes)
+    starts = [
+        warp_col * quantize.SWIZZLED_COLS + step * cols_per_step + i * lanes
+        for step in range(nvfp4.ceil_div(cols, cols_per_step))
+        for warp_col in range(col_warps)
+        for i in range(quantize.BLOCKS_PER_LANE)
+    ]
+    covered = torch.cat([start + lane for start in starts])
+    assert torch.equal(covered.sort().values, torch.arange(covered.numel()))
+    assert covered.numel() >= cols
+    assert 1 <= grid_steps <= nvfp4.ceil_div(cols, cols_per_step)
+    if not (swizzled and ragged):
+        units = row_tiles * nvfp4.SWIZZLE_LINES if swizzled else rows
+        assert 0 <= grid_rows * (warps // col_warps) - units < warps // col_warps
+    else:
+        assert grid_rows * grid_steps <= config.resident_ctas * 132
 
 
 @cute.jit
@@ -162,7 +192,7 @@ def _encode_on_host(values: cute.Tensor, words: cute.Tensor, count: Int32):
         inputs = []
         for j in cutlass.range_constexpr(8):
             inputs.append(Float32(values[8 * i + j]))
-        words[i] = Int32(quantize.magnitude_word(inputs, HostOps))
+        words[i] = Int32(blocks.magnitude_word(inputs, HostOps))
 
 
 def encode_on_host(values: torch.Tensor) -> torch.Tensor:
@@ -190,31 +220,6 @@ def test_magnitude_word_rounds_like_the_reference() -> None:
 # --- Run on a GPU -----------------------------------------------------------------------------
 
 get_compiled = cache(build)
-
-
-def hard_values(rows: int, columns: int) -> torch.Tensor:
-    """Normal rows, exact ties, zeros, -0, tiny, huge, Inf and NaN."""
-    x = torch.randn(max(rows, 9), columns)
-    x[0] = 0.0
-    x[1] = -0.0
-    x[2] = torch.randint(-12, 13, (columns,)).float() / 2
-    x[3] *= 1e-30
-    x[4] *= 1e30
-    x[5, 3], x[6, 5], x[7, 7] = INF, -INF, NAN
-    x[8] = torch.randint(-(1 << 31), (1 << 31) - 1, (columns,)).int().view(torch.float32)
-    return x[x.shape[0] - rows :]
-
-
-def offs_of(num_rows: int, num_experts: int, end: float = 0.9) -> torch.Tensor:
-    """Random end rows with empty experts among them, and rows of no expert at the end."""
-    ends = torch.randint(0, int(end * num_rows) + 1, (num_experts,)).sort().values.int()
-    if num_experts > 2:
-        ends[num_experts // 2] = ends[num_experts // 2 - 1]
-    return ends
-
-
-def poisoned(shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.full(shape, POISON, dtype=torch.uint8, device="cuda")
 
 
 def check_quantize(

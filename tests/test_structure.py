@@ -90,6 +90,7 @@ def test_structure_import_rules_name_existing_parts() -> None:
     # The rules would hold of nothing if no import was found.
     assert imported_parts(PACKAGE / "ops" / "dequantize.py") == {
         "format",
+        "kernels",
         "ops",
         "reference",
         "registry",

@@ -20,14 +20,18 @@ from nvfp4_ops.kernels.prepack_sm90 import GATED_RANK, PLAIN_RANK, prepacked_sha
 __all__ = [
     "GATED_RANK",
     "PLAIN_RANK",
+    "dequantize",
+    "global_scale",
     "grouped_mm",
     "prepack",
     "prepacked_shape",
     "quantize",
+    "quantize_per_token",
     "swizzle",
     "unpack",
     "unswizzle",
     "why_no_elementwise",
+    "why_no_global_scale",
     "why_no_grouped_mm",
     "why_no_kernels",
 ]
@@ -50,7 +54,7 @@ def why_no_kernels(device: torch.device) -> str | None:
 
 
 def why_no_elementwise(x: Tensor, num_experts: int = 1) -> str | None:
-    """Why the quantize, swizzle and prepack kernels can not serve x, or None where they can."""
+    """Why the elementwise kernels can not serve x, or None where they can."""
     if x.numel() == 0:
         return "there is nothing to compute"
     return _why_not_so_many(num_experts) or why_no_kernels(x.device)
@@ -179,22 +183,124 @@ def unpack(prepacked: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
     return codes, sf
 
 
+def why_no_global_scale(x: Tensor, per_token: bool) -> str | None:
+    """Why the global scale kernels can not serve x, or None where they can."""
+    if x.numel() >= 1 << 31:
+        return "the kernel takes fewer than 2^31 elements"
+    if (x.shape[1] if per_token else x.numel()) % nvfp4.BLOCK_SIZE:
+        what = "rows" if per_token else "tensors"
+        return f"the kernel takes {what} of a multiple of {nvfp4.BLOCK_SIZE} elements"
+    return why_no_elementwise(x)
+
+
+def global_scale(x: Tensor, scale: Tensor) -> None:
+    """Write ``scale``: () of all elements of x, or (R, 1) of the rows of x (R, K)."""
+    from nvfp4_ops.kernels import amax as kernel
+
+    get_compiled = _get_compiled("global_scale", kernel)
+    if scale.ndim == 0:
+        kernel.launch_tensor_scale(
+            x=_readable_rows(x.reshape(1, -1)), scale=scale, get_compiled=get_compiled
+        )
+    else:
+        kernel.launch_row_scales(x=_readable_rows(x), scale=scale, get_compiled=get_compiled)
+
+
+def _readable_rows(x: Tensor) -> Tensor:
+    """x (R, K), copied where its rows do not start at multiples of 16 bytes."""
+    from nvfp4_ops.kernels.memory import why_no_rows
+
+    return x if why_no_rows(x) is None else x.clone(memory_format=torch.contiguous_format)
+
+
 def quantize(
-    x: Tensor, global_scale: Tensor, offs: Tensor | None, codes: Tensor, block_scale: Tensor
+    x: Tensor,
+    global_scale: Tensor,
+    offs: Tensor | None,
+    codes: Tensor,
+    block_scale: Tensor,
+    *,
+    activation: str = "none",
+    limit: float | None = None,
 ) -> None:
-    """Write ``codes`` and ``block_scale`` (rank 4: swizzled) of the rows of x."""
+    """Write ``codes`` and ``block_scale`` (rank 4: swizzled) of the activated rows of x."""
     from nvfp4_ops.kernels import quantize_rows as kernel
 
-    if kernel.why_no_rows(x) is not None:
-        x = x.contiguous()
     kernel.launch_quantize(
-        x=x,
+        x=_readable_rows(x),
         global_scale=global_scale.contiguous(),
         offs=offs,
         codes=codes,
         block_scale=block_scale,
+        activation=activation,
+        limit=limit,
         get_compiled=_get_compiled("quantize", kernel),
     )
+
+
+def quantize_per_token(
+    x: Tensor,
+    offs: Tensor | None,
+    codes: Tensor,
+    block_scale: Tensor,
+    row_scale: Tensor,
+    *,
+    activation: str,
+    limit: float | None,
+) -> bool:
+    """Write ``codes``, linear ``block_scale`` and ``row_scale`` of the activated rows of x.
+
+    Returns False, with nothing written, where a row is too long for the kernel.
+    """
+    from nvfp4_ops.kernels import per_token as kernel
+
+    config = kernel.choose_config(
+        x.dtype,
+        codes.shape[1] * nvfp4.CODES_PER_BYTE,
+        ragged=offs is not None,
+        activation=activation,
+        limit=limit,
+    )
+    if config is None:
+        return False
+    kernel.launch_quantize_per_token(
+        x=_readable_rows(x),
+        offs=offs,
+        config=config,
+        codes=codes,
+        block_scale=block_scale,
+        row_scale=row_scale,
+        get_compiled=_get_compiled("quantize_per_token", kernel),
+    )
+    return True
+
+
+def dequantize(
+    codes: Tensor,
+    block_scale: Tensor,
+    global_scale: Tensor | None,
+    offs: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Write ``out`` (R, K) or (E, N, K); without a global scale in bf16, where it is exact.
+
+    Rows of no expert are zero.
+    """
+    from nvfp4_ops.kernels import decode as kernel
+
+    kernel.launch_decode(
+        codes=codes if _is_dense(codes) else codes.clone(memory_format=torch.contiguous_format),
+        block_scale=block_scale.contiguous(),
+        global_scale=None if global_scale is None else global_scale.contiguous(),
+        offs=offs,
+        out=out,
+        get_compiled=_get_compiled("dequantize", kernel),
+    )
+
+
+def _is_dense(codes: Tensor) -> bool:
+    """Contiguous, and blocks of 8 bytes aligned."""
+    return codes.is_contiguous() and codes.data_ptr() % nvfp4.packed_size(nvfp4.BLOCK_SIZE) == 0
 
 
 def swizzle(sf: Tensor, offs: Tensor | None, swizzled: Tensor) -> None:

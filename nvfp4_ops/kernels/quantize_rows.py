@@ -1,210 +1,90 @@
-"""Rows of activations to NVFP4 codes and block scales.
+"""Rows of activations, or of an activation function's inputs, to NVFP4 codes and block scales.
 
-Portable CuTe DSL (sm_89 and later: e4m3 is rounded by ``cvt``). The kernel is bound by memory;
-e2m1, which has no ``cvt`` before sm_100, is rounded by ``magnitude_word``. The meaning of every bit
-is ``nvfp4_ops.reference``'s. Not for weights, which are quantized by another rule.
+Portable CuTe DSL. The kernel is bound by memory; ``blocks`` has its arithmetic.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cache
+from typing import Literal
 
 import cuda.bindings.driver as cuda_driver
 import cutlass
 import cutlass.cute as cute
 import torch
 from cutlass import Float32, Int32, Int64, Uint8, Uint32
-from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
+from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
+from nvfp4_ops.kernels.blocks import BlockQuantizer, encode_scales
 from nvfp4_ops.kernels.limits import num_multiprocessors
-from nvfp4_ops.kernels.swizzle_sf import (
-    ROW_GROUPS,
+from nvfp4_ops.kernels.memory import (
+    CODE_BYTES,
     VECTOR_BYTES,
     WARP,
     WORD_BYTES,
     GetCompiled,
-    RaggedTiles,
     bytes_at,
-    check_num_experts,
-    entry_before,
+    fake_codes,
     fake_offs,
+    fake_rows,
     fake_swizzled,
+    fake_vector,
+    follow_previous_kernel,
+    store_words,
+    why_no_rows,
+)
+from nvfp4_ops.kernels.ragged import (
+    ROW_GROUPS,
+    RaggedTiles,
+    check_num_experts,
     locate_ragged_tile,
     locate_tile,
     tiles_view,
-    upper_bound,
-    vector_at,
+    warp_upper_bound,
 )
 
-FP32_MAX = torch.finfo(torch.float32).max
-_DTYPES = {
-    torch.bfloat16: cutlass.BFloat16,
-    torch.float16: cutlass.Float16,
-    torch.float32: cutlass.Float32,
-}
-# PTX's name of two packed elements.
-_PACKED_NAME = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
-_FP32_EXPONENT, _FP32_ABS, _PACKED_ABS = 0x7F800000, 0x7FFFFFFF, 0x7FFF7FFF
-
-# Blocks that a lane has in flight: more bytes under way, fewer loop instructions.
+# Blocks that a lane has in flight: while it quantizes one, the next ones are on their way.
 BLOCKS_PER_LANE = 2
-BLOCKS_PER_STEP = BLOCKS_PER_LANE * WARP
-# At most this many CTAs for each multiprocessor where a CTA has a prologue to amortise.
+# Lanes side by side in a row. Swizzled, a warp has a line of each tile it meets: a row of each
+# group of 32, so that a line's 16 scale bytes are stored at once.
+LINEAR_LANES, SWIZZLED_LANES = WARP, WARP // ROW_GROUPS
+LINEAR_COLS, SWIZZLED_COLS = BLOCKS_PER_LANE * LINEAR_LANES, BLOCKS_PER_LANE * SWIZZLED_LANES
+
+# CTAs a multiprocessor from which on it is better to give a warp more steps than to add CTAs.
 CTAS_PER_SM = 8
-
-# magnitude_word: m * GRID has units of half of m in its last place, and the two units on top make
-# the sum's low byte the code itself.
-_GRID = 2.0**22 + 1.0
-_CODE_SHIFT = 22
-_WORD_CODES = 8
-_EVEN_SIGNS, _ODD_SIGNS = 0x08080808, 0x80808080
-
-
-def _ptx(code: str, result: type, *args: Any) -> Any:
-    return cute.arch.inline_ptx(code, write_only_types=[result], read_only_args=list(args))
-
-
-def _reciprocal(value: Float32) -> Float32:
-    """1 / value, correctly rounded, subnormals kept."""
-    return _ptx("rcp.rn.f32 {$w0}, {$r0};", Float32, value)
-
-
-def _min_or_nan(value: Float32, limit: float) -> Float32:
-    return cute.arch.fmin(value, limit, nan=True)
-
-
-def _permute_bytes(low: Uint32, high: Uint32, selector: int) -> Uint32:
-    """Bytes 0..3 of ``low`` and 4..7 of ``high`` chosen by the nibbles of ``selector``."""
-    return _ptx(f"prmt.b32 {{$w0}}, {{$r0}}, {{$r1}}, {selector:#06x};", Uint32, low, high)
-
-
-class DeviceOps:
-    """What ``magnitude_word`` is made of; tests run it on the host with operators instead."""
-
-    minimum = staticmethod(cute.arch.fmin)
-    maximum = staticmethod(cute.arch.fmax)
-    permute_bytes = staticmethod(_permute_bytes)
-
-    @staticmethod
-    def add_shifted(first: Uint32, second: Uint32) -> Uint32:
-        """first + 16 * second; opaque, or the compiler splits it in three."""
-        return _ptx("mad.lo.u32 {$w0}, {$r1}, 16, {$r0};", Uint32, first, second)
-
-
-def magnitude_word(values: Sequence[Float32], ops: type[DeviceOps] = DeviceOps) -> Uint32:
-    """e2m1 codes 0..7 of eight fp32 values >= 0 as a word; NaN is code 7.
-
-    To nearest, ties to even, saturating: with a = min(v, 6) and m the power of two below max(a, 1),
-    e2m1 has a spacing of m / 2 around a. So does fp32 around m * 2^22, where one fused operation
-    m * 2^22 + a rounds a to n units of m / 2. The code is n + 2 log2(m), and 2 log2(m) stands,
-    biased, in the exponent bits of m.
-    """
-    pairs = []
-    for i in range(0, _WORD_CODES, 2):
-        sums, powers = [], []
-        for value in values[i : i + 2]:
-            # The minimum of NaN and 6 is 6.
-            clamped = ops.minimum(value, nvfp4.E2M1_MAX)
-            power = ops.maximum(clamped, 1.0).bitcast(Uint32) & Uint32(_FP32_EXPONENT)
-            rounded = power.bitcast(Float32) * _GRID + clamped
-            sums.append(rounded.bitcast(Uint32))
-            powers.append(power)
-        exponents = ops.add_shifted(*powers) >> _CODE_SHIFT
-        pairs.append(ops.add_shifted(*sums) + exponents)
-    low = ops.permute_bytes(pairs[0], pairs[1], 0x0040)
-    high = ops.permute_bytes(pairs[2], pairs[3], 0x0040)
-    return ops.permute_bytes(low, high, 0x5410)
-
-
-class BlockReader:
-    """Base of the kernels: a block of 16 elements in registers, its magnitudes, amax and signs."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype: must be one of {list(_DTYPES)}, got {dtype}")
-        self.dtype = dtype
-        self.packed = dtype in _PACKED_NAME
-        self.element_bytes = dtype.itemsize
-        self.block_bytes = nvfp4.BLOCK_SIZE * dtype.itemsize
-        self.num_words = self.block_bytes // WORD_BYTES
-
-    @cute.jit
-    def load(self, address: Int64) -> cute.Tensor:
-        rX = cute.make_rmem_tensor(cute.make_layout(self.num_words), Uint32)
-        cute.autovec_copy(vector_at(address, self.num_words), rX)
-        return rX
-
-    def absolute(self, rX: cute.Tensor) -> list[Uint32]:
-        mask = _PACKED_ABS if self.packed else _FP32_ABS
-        return [rX[i] & Uint32(mask) for i in range(self.num_words)]
-
-    def _unpack(self, word: Uint32) -> tuple[Float32, Float32]:
-        if self.dtype == torch.bfloat16:
-            return (word << 16).bitcast(Float32), (word & Uint32(0xFFFF0000)).bitcast(Float32)
-        code = "{.reg .b16 low, high; mov.b32 {low, high}, {$r0}; cvt.f32.f16 {$w0}, HALF;}"
-        low, high = (_ptx(code.replace("HALF", half), Float32, word) for half in ("low", "high"))
-        return low, high
-
-    def magnitudes(self, words: Sequence[Uint32]) -> list[Float32]:
-        if not self.packed:
-            return [word.bitcast(Float32) for word in words]
-        return [value for word in words for value in self._unpack(word)]
-
-    def amax(self, words: Sequence[Uint32]) -> Float32:
-        """Largest magnitude; NaN where there is one."""
-        words = list(words)
-        while len(words) > 1:
-            words = [self._larger(*words[i : i + 2]) for i in range(0, len(words), 2)]
-        if not self.packed:
-            return words[0].bitcast(Float32)
-        low, high = self._unpack(words[0])
-        return cute.arch.fmax(low, high, nan=True)
-
-    def _larger(self, first: Uint32, second: Uint32) -> Uint32:
-        if not self.packed:
-            # Magnitudes are ordered like their bits, NaN last.
-            return cutlass.max(first, second)
-        code = f"max.NaN.{_PACKED_NAME[self.dtype]} {{$w0}}, {{$r0}}, {{$r1}};"
-        return _ptx(code, Uint32, first, second)
-
-    def signs(self, rX: cute.Tensor, word: int) -> Uint32:
-        """Sign bits of eight elements at bit 3 of their codes."""
-        if self.packed:
-            words = [rX[4 * word + i] for i in range(4)]
-            low = _permute_bytes(words[0], words[1], 0x7351)
-            high = _permute_bytes(words[2], words[3], 0x7351)
-            even, odd = _permute_bytes(low, high, 0x5410), _permute_bytes(low, high, 0x7632)
-        else:
-            even, odd = (
-                _permute_bytes(
-                    _permute_bytes(rX[8 * word + i], rX[8 * word + i + 2], 0x0073),
-                    _permute_bytes(rX[8 * word + i + 4], rX[8 * word + i + 6], 0x0073),
-                    0x5410,
-                )
-                for i in range(2)
-            )
-        return ((even >> 4) & Uint32(_EVEN_SIGNS)) | (odd & Uint32(_ODD_SIGNS))
 
 
 @dataclass(frozen=True)
 class QuantizeConfig:
+    """activation, limit: applied to x first; a gated activation reads 2 K columns."""
+
     dtype: torch.dtype
     scale: Literal["tensor", "row", "expert"]
     swizzled: bool
     ragged: bool
+    activation: str = "none"
+    limit: float | None = None
     threads: int = 256
 
+    @property
+    def resident_ctas(self) -> int:
+        """CTAs that a multiprocessor holds at once: 64 registers a thread are enough for blocks of
+        16-bit elements, fp32 and an activation take twice as many each."""
+        return 4 * 2 // self.dtype.itemsize // (1 if self.activation == "none" else 2)
 
-class QuantizeKernel(BlockReader):
-    """codes, block_scale = quantize_nvfp4(x, global_scale, offs, swizzled).
 
-    A warp quantizes a row, a lane a block: it loads the 16 elements with 16-byte loads and stores 8
-    bytes of codes and a scale byte, so a warp's loads and stores are contiguous. Rows are spread
-    over the first dimension of the grid, steps of 64 blocks over the second. Swizzled, the same
-    warps then zero the pad rows of partly filled and empty row tiles; pad columns are zeroed with
-    their row. Rows of no expert are not read.
+class QuantizeKernel:
+    """codes, block_scale = quantize_nvfp4(act(x), global_scale, offs, swizzled).
+
+    A lane quantizes a block at a time: it loads the 16 elements with 16-byte loads and stores 8
+    bytes of codes and a scale byte. Linear, a warp has 64 contiguous blocks of a row. Swizzled, it
+    has 16 contiguous blocks of the rows l, l + 32, l + 64, l + 96 of a tile, whose scales are whole
+    lines of 16 bytes; pads are zeroed by the same stores.
+
+    Grid: linear, rows x column steps. Swizzled, lines x column steps; with offs, CTAs walk the
+    lines, as each has to find the experts' tiles first. Rows of no expert are not read.
 
     Limits: rows of x start at multiples of 16 bytes; at most ``MAX_EXPERTS`` experts; the global
     scale is positive.
@@ -218,7 +98,8 @@ class QuantizeKernel(BlockReader):
         if config.scale == "expert" and not config.ragged:
             raise ValueError("scale: one per expert needs ragged rows")
         self.config = config
-        super().__init__(config.dtype)
+        self.warps = config.threads // WARP
+        self.blocks = BlockQuantizer(config.dtype, config.activation, config.limit)
         self.ragged_tiles = RaggedTiles(config.threads)
 
     @cute.jit
@@ -231,10 +112,14 @@ class QuantizeKernel(BlockReader):
         mSf: cute.Tensor,
         grid_rows: Int32,
         grid_steps: Int32,
+        col_warps: Int32,
         stream: cuda_driver.CUstream,
     ):
-        self.kernel(mX, mScale, mOffs, mCodes, mSf).launch(
-            grid=[grid_rows, grid_steps, 1], block=[self.config.threads, 1, 1], stream=stream
+        self.kernel(mX, mScale, mOffs, mCodes, mSf, col_warps).launch(
+            grid=[grid_rows, grid_steps, 1],
+            block=[self.config.threads, 1, 1],
+            stream=stream,
+            use_pdl=True,
         )
 
     @cute.kernel
@@ -245,193 +130,205 @@ class QuantizeKernel(BlockReader):
         mOffs: cute.Tensor | None,
         mCodes: cute.Tensor,
         mSf: cute.Tensor,
+        col_warps: Int32,
     ):
-        config = self.config
-        warps = config.threads // WARP
-        num_rows = Int32(mX.shape[0])
-        first = cute.arch.block_idx()[0] * warps + cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        stride = cute.arch.grid_dim()[0] * warps
-        num_experts, end_row = Int32(0), num_rows
-        sEnd, sTileEnd = None, None
-        if cutlass.const_expr(config.ragged):
-            num_experts = Int32(mOffs.shape[0])
-            end_row = Int32(mOffs[num_experts - 1])
-            if cutlass.const_expr(config.swizzled):
-                sEnd, sTileEnd = self.ragged_tiles.scan(mOffs, num_experts)
-        scales = (Float32(1.0), Float32(1.0))
-        if cutlass.const_expr(config.scale == "tensor"):
-            scales = self._encode_scales(Float32(mScale[0]))
-        for row in cutlass.range(first, num_rows, stride, unroll=1):
-            if row < end_row:
-                sf_row = row
-                expert = Int32(0)
-                if cutlass.const_expr(config.ragged and config.swizzled):
-                    expert = upper_bound(sEnd, num_experts, row)
-                    sf_row = (
-                        entry_before(sTileEnd, expert) * nvfp4.SWIZZLE_TILE_ROWS
-                        + row
-                        - entry_before(sEnd, expert)
-                    )
-                elif cutlass.const_expr(config.scale == "expert"):
-                    expert = upper_bound(mOffs, num_experts, row)
-                row_scales = scales
-                if cutlass.const_expr(config.scale == "row"):
-                    row_scales = self._encode_scales(Float32(mScale[row]))
-                elif cutlass.const_expr(config.scale == "expert"):
-                    row_scales = self._encode_scales(Float32(mScale[expert]))
-                self._quantize_row(mX, mCodes, mSf, row, sf_row, row_scales)
-            else:
-                self._zero_row(mCodes, mSf, row)
-        if cutlass.const_expr(config.swizzled):
-            row_tiles = Int32(mSf.shape[0])
-            for tile in cutlass.range(first, row_tiles, stride, unroll=1):
-                if cutlass.const_expr(config.ragged):
-                    _, num_valid = locate_ragged_tile(sEnd, sTileEnd, num_experts, tile)
-                else:
-                    _, num_valid = locate_tile(num_rows, tile)
-                self._zero_pad_rows(mSf, tile, num_valid)
+        follow_previous_kernel()
+        if cutlass.const_expr(self.config.swizzled):
+            self._quantize_tiles(mX, mScale, mOffs, mCodes, mSf, col_warps)
+        else:
+            self._quantize_linear(mX, mScale, mOffs, mCodes, mSf)
 
     @cute.jit
-    def _encode_scales(self, global_scale: Float32):
-        """G, fl(G / 6) and 1 / G."""
-        encode = _min_or_nan(_reciprocal(global_scale), FP32_MAX)
-        return encode * Float32(1.0 / nvfp4.E2M1_MAX), _reciprocal(encode)
+    def _quantize_linear(
+        self,
+        mX: cute.Tensor,
+        mScale: cute.Tensor,
+        mOffs: cute.Tensor | None,
+        mCodes: cute.Tensor,
+        mSf: cute.Tensor,
+    ):
+        warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
+        row = cute.arch.block_idx()[0] * self.warps + warp
+        num_rows, num_cols = Int32(mSf.shape[0]), Int32(mSf.shape[1])
+        if row < num_rows:
+            end_row = num_rows
+            if cutlass.const_expr(self.config.ragged):
+                end_row = Int32(mOffs[Int32(mOffs.shape[0]) - 1])
+            sf_row = mSf.iterator.toint() + Int64(row) * Int64(num_cols)
+            if row < end_row:
+                self._quantize_row(
+                    mX,
+                    mScale,
+                    mOffs,
+                    mCodes,
+                    row=row,
+                    valid=True,
+                    sf_row=sf_row,
+                    first_col=lane,
+                    lanes=LINEAR_LANES,
+                    cols_per_step=LINEAR_COLS,
+                    expert=None,
+                    num_sf_cols=num_cols,
+                )
+            else:
+                first, stride = self._my_columns(lane)
+                for col in cutlass.range(first, num_cols, stride, unroll=1):
+                    self._zero_codes(mCodes, row, col)
+                    gSf = bytes_at(sf_row + Int64(col), 1)
+                    gSf[0] = Uint8(0)
+
+    @cute.jit
+    def _quantize_tiles(
+        self,
+        mX: cute.Tensor,
+        mScale: cute.Tensor,
+        mOffs: cute.Tensor | None,
+        mCodes: cute.Tensor,
+        mSf: cute.Tensor,
+        col_warps: Int32,
+    ):
+        warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
+        num_rows, col_tiles = Int32(mCodes.shape[0]), Int32(mSf.shape[1])
+        warp_row, warp_col = warp // col_warps, warp % col_warps
+        row_warps = self.warps // col_warps
+        num_experts = Int32(0)
+        sEnd, sTileEnd = None, None
+        if cutlass.const_expr(self.config.ragged):
+            num_experts = Int32(mOffs.shape[0])
+            sEnd, sTileEnd = self.ragged_tiles.scan(mOffs, num_experts)
+        group, lane_col = lane // SWIZZLED_LANES, lane % SWIZZLED_LANES
+        first_line = cute.arch.block_idx()[0] * row_warps + warp_row
+        num_lines = Int32(mSf.shape[0]) * nvfp4.SWIZZLE_LINES
+        line_stride = cute.arch.grid_dim()[0] * row_warps
+        for line_index in cutlass.range(first_line, num_lines, line_stride, unroll=1):
+            tile, line = line_index // nvfp4.SWIZZLE_LINES, line_index % nvfp4.SWIZZLE_LINES
+            if cutlass.const_expr(self.config.ragged):
+                expert, first_row, num_valid = locate_ragged_tile(sEnd, sTileEnd, num_experts, tile)
+            else:
+                expert, first_row, num_valid = locate_tile(num_rows, tile)
+            line_address = mSf.iterator.toint() + (
+                Int64(tile) * Int64(col_tiles) * nvfp4.SWIZZLE_TILE_BYTES
+                + Int64(line) * nvfp4.SWIZZLE_LINE_BYTES
+            )
+            if line < num_valid:
+                row_in_tile = line + group * nvfp4.SWIZZLE_LINES
+                self._quantize_row(
+                    mX,
+                    mScale,
+                    mOffs,
+                    mCodes,
+                    # Lanes past the last row load it again.
+                    row=first_row + cutlass.min(row_in_tile, num_valid - 1),
+                    valid=row_in_tile < num_valid,
+                    sf_row=line_address + Int64(group) * nvfp4.SWIZZLE_TILE_COLS,
+                    first_col=warp_col * SWIZZLED_COLS + lane_col,
+                    lanes=SWIZZLED_LANES,
+                    cols_per_step=col_warps * SWIZZLED_COLS,
+                    expert=expert,
+                    num_sf_cols=col_tiles * nvfp4.SWIZZLE_TILE_COLS,
+                )
+            else:
+                first = (cute.arch.block_idx()[1] * col_warps + warp_col) * WARP + lane
+                stride = cute.arch.grid_dim()[1] * col_warps * WARP
+                for col_tile in cutlass.range(first, col_tiles, stride, unroll=1):
+                    address = line_address + Int64(col_tile) * nvfp4.SWIZZLE_TILE_BYTES
+                    store_words(address, [Uint32(0)] * (VECTOR_BYTES // WORD_BYTES))
+        if cutlass.const_expr(self.config.ragged):
+            self._zero_codes_past_the_end(mOffs, mCodes)
 
     @cute.jit
     def _quantize_row(
         self,
         mX: cute.Tensor,
+        mScale: cute.Tensor,
+        mOffs: cute.Tensor | None,
         mCodes: cute.Tensor,
-        mSf: cute.Tensor,
         row: Int32,
-        sf_row: Int32,
-        scales: tuple,
+        valid: bool,
+        sf_row: Int64,
+        first_col: Int32,
+        lanes: cutlass.Constexpr[int],
+        cols_per_step: Int32,
+        expert: Int32 | None,
+        num_sf_cols: Int32,
     ):
-        num_cols = Int32(mX.shape[1]) // nvfp4.BLOCK_SIZE
-        lane = cute.arch.lane_idx()
-        first_step, num_steps = cute.arch.block_idx()[1], self._num_steps(mX, mSf)
-        block_bytes = self.block_bytes
-        x_row = mX.iterator.toint() + Int64(row) * (mX.stride[0] * self.element_bytes)
+        """Quantize this lane's blocks of a row: first_col, + lanes, + cols_per_step and so on.
+
+        valid: False where codes are not to be stored and scales are zero. sf_row: address of the
+        row's first scale. expert: of the row, None where it is to be looked up.
+        """
+        num_cols = Int32(mCodes.shape[1]) // CODE_BYTES
+        block_bytes = self.blocks.block_bytes
+        num_steps = (num_sf_cols + cols_per_step - 1) // cols_per_step
+        first_step, step_stride = cute.arch.block_idx()[1], cute.arch.grid_dim()[1]
+        input_bytes = Int64(num_cols) * block_bytes
+        x_row = mX.iterator.toint() + Int64(row) * (mX.stride[0] * self.config.dtype.itemsize)
         codes_row = mCodes.iterator.toint() + Int64(row) * Int64(mCodes.shape[1])
-        sf_base = self._sf_row_address(mSf, sf_row, num_cols)
-        for step in cutlass.range(first_step, num_steps, cute.arch.grid_dim()[1], unroll=1):
-            first_col = step * BLOCKS_PER_STEP + lane
-            blocks = []
+        rX = [self.blocks.registers() for _ in range(BLOCKS_PER_LANE)]
+        for i in cutlass.range_constexpr(BLOCKS_PER_LANE):
+            # Lanes past the end load the last block again: no branch between the loads.
+            col = cutlass.min(first_col + i * lanes + first_step * cols_per_step, num_cols - 1)
+            self.blocks.load(rX[i], x_row + Int64(col) * block_bytes, input_bytes)
+        scales = self._scales(mScale, mOffs, row, expert)
+        for step in cutlass.range(first_step, num_steps, step_stride, unroll=1):
+            next_step = step + step_stride
             for i in cutlass.range_constexpr(BLOCKS_PER_LANE):
-                # Lanes past the end load the last block again: no branch between the loads.
-                col = cutlass.min(first_col + i * WARP, num_cols - 1)
-                blocks.append(self.load(x_row + Int64(col) * block_bytes))
-            for i in cutlass.range_constexpr(BLOCKS_PER_LANE):
-                col = first_col + i * WARP
-                words, sf = self._quantize_block(blocks[i], scales)
-                if col < num_cols:
-                    rCodes = cute.make_rmem_tensor(cute.make_layout(len(words)), Uint32)
-                    for j in cutlass.range_constexpr(len(words)):
-                        rCodes[j] = words[j]
-                    num_bytes = nvfp4.packed_size(nvfp4.BLOCK_SIZE)
-                    gCodes = vector_at(codes_row + Int64(col) * num_bytes, len(words), num_bytes)
-                    cute.autovec_copy(rCodes, gCodes)
+                col = first_col + i * lanes + step * cols_per_step
+                codes, sf = self.blocks.quantize(self.blocks.words(rX[i]), scales)
+                if next_step < num_steps:
+                    next_col = cutlass.min(col + step_stride * cols_per_step, num_cols - 1)
+                    address = x_row + Int64(next_col) * block_bytes
+                    self.blocks.load(rX[i], address, input_bytes)
+                if valid and col < num_cols:
+                    store_words(codes_row + Int64(col) * CODE_BYTES, codes)
                 else:
                     sf = Uint32(0)
-                if col < self._num_sf_cols(mSf, num_cols):
-                    gSf = bytes_at(sf_base + self._sf_col_offset(col), 1)
+                if col < num_sf_cols:
+                    gSf = bytes_at(sf_row + self._sf_offset(col), 1)
                     gSf[0] = Uint8(sf)
 
     @cute.jit
-    def _quantize_block(self, rX: cute.Tensor, scales: tuple):
-        """Two words of codes and the scale byte."""
-        sixth_of_encode, inv_encode = scales
-        absolute = self.absolute(rX)
-        sf, block_scale = cute.arch.inline_ptx(
-            "{.reg .b16 sf, low, high; .reg .b32 both;"
-            " cvt.rn.satfinite.e4m3x2.f32 sf, 0f00000000, {$r0};"
-            " cvt.u32.u16 {$w0}, sf; cvt.rn.f16x2.e4m3x2 both, sf;"
-            " mov.b32 {low, high}, both; cvt.f32.f16 {$w1}, low;}",
-            write_only_types=[Uint32, Float32],
-            read_only_args=[self.amax(absolute) * sixth_of_encode],
-        )
-        decode = block_scale * inv_encode
-        inv_scale = _min_or_nan(_reciprocal(decode), FP32_MAX)
-        if block_scale == 0.0:
-            inv_scale = Float32(0.0)
-        # A NaN value has code 7 without a sign. Where the scale is NaN all values are; where decode
-        # is Inf, inv_scale is 0, so those of Inf are and all others have code 0 or 8.
-        nan_signs = Uint32(_EVEN_SIGNS | _ODD_SIGNS)
-        if decode < Float32(float("inf")):
-            nan_signs = Uint32(0)
-        values = [value * inv_scale for value in self.magnitudes(absolute)]
-        words = []
-        for i in cutlass.range_constexpr(nvfp4.BLOCK_SIZE // _WORD_CODES):
-            magnitudes = magnitude_word(values[i * _WORD_CODES : (i + 1) * _WORD_CODES])
-            words.append(magnitudes | (self.signs(rX, i) & ~((magnitudes << 1) & nan_signs)))
-        return words, sf
+    def _scales(
+        self, mScale: cute.Tensor, mOffs: cute.Tensor | None, row: Int32, expert: Int32 | None
+    ):
+        """``encode_scales`` of a row, which is the warp's where ``expert`` is None."""
+        index = Int32(0)
+        if cutlass.const_expr(self.config.scale == "row"):
+            index = row
+        elif cutlass.const_expr(self.config.scale == "expert"):
+            index = expert
+            if cutlass.const_expr(expert is None):
+                index = warp_upper_bound(mOffs, Int32(mOffs.shape[0]), row)
+        return encode_scales(Float32(mScale[index]))
 
-    @cute.jit
-    def _zero_row(self, mCodes: cute.Tensor, mSf: cute.Tensor, row: Int32):
-        """Codes, and linear scales, of a row of no expert."""
-        num_bytes = nvfp4.packed_size(nvfp4.BLOCK_SIZE)
-        num_cols = Int32(mCodes.shape[1]) // num_bytes
-        codes_row = mCodes.iterator.toint() + Int64(row) * Int64(mCodes.shape[1])
-        first = cute.arch.block_idx()[1] * WARP + cute.arch.lane_idx()
-        rZero = cute.make_rmem_tensor(cute.make_layout(num_bytes // WORD_BYTES), Uint32)
-        rZero.fill(0)
-        for col in cutlass.range(first, num_cols, cute.arch.grid_dim()[1] * WARP, unroll=1):
-            address = codes_row + Int64(col) * num_bytes
-            cute.autovec_copy(rZero, vector_at(address, num_bytes // WORD_BYTES, num_bytes))
-            if cutlass.const_expr(not self.config.swizzled):
-                gSf = bytes_at(self._sf_row_address(mSf, row, num_cols) + Int64(col), 1)
-                gSf[0] = Uint8(0)
-
-    @cute.jit
-    def _zero_pad_rows(self, mSf: cute.Tensor, tile: Int32, num_valid: Int32):
-        """Rows of a row tile from ``num_valid`` on; a lane has one line, that is four rows."""
-        line, col_tiles = cute.arch.lane_idx(), Int32(mSf.shape[1])
-        if num_valid < nvfp4.SWIZZLE_TILE_ROWS:
-            rZero = cute.make_rmem_tensor(cute.make_layout(ROW_GROUPS), Uint32)
-            rZero.fill(0)
-            first, stride = cute.arch.block_idx()[1], cute.arch.grid_dim()[1]
-            for col_tile in cutlass.range(first, col_tiles, stride, unroll=1):
-                address = mSf.iterator.toint() + (
-                    (Int64(tile) * Int64(col_tiles) + Int64(col_tile)) * nvfp4.SWIZZLE_TILE_BYTES
-                    + Int64(line) * nvfp4.SWIZZLE_LINE_BYTES
-                )
-                if line >= num_valid:
-                    cute.autovec_copy(rZero, vector_at(address, ROW_GROUPS))
-                else:
-                    for group in cutlass.range_constexpr(1, ROW_GROUPS):
-                        if line + group * nvfp4.SWIZZLE_LINES >= num_valid:
-                            gWord = vector_at(address + group * WORD_BYTES, 1, WORD_BYTES)
-                            gWord[0] = Uint32(0)
-
-    @cute.jit
-    def _sf_row_address(self, mSf: cute.Tensor, row: Int32, num_cols: Int32) -> Int64:
-        if cutlass.const_expr(not self.config.swizzled):
-            return mSf.iterator.toint() + Int64(row) * Int64(num_cols)
-        tile, row_in_tile = row // nvfp4.SWIZZLE_TILE_ROWS, row % nvfp4.SWIZZLE_TILE_ROWS
-        return mSf.iterator.toint() + (
-            Int64(tile) * Int64(mSf.shape[1]) * nvfp4.SWIZZLE_TILE_BYTES
-            + Int64(row_in_tile % nvfp4.SWIZZLE_LINES) * nvfp4.SWIZZLE_LINE_BYTES
-            + Int64(row_in_tile // nvfp4.SWIZZLE_LINES) * nvfp4.SWIZZLE_TILE_COLS
-        )
-
-    @cute.jit
-    def _sf_col_offset(self, col: Int32) -> Int64:
-        if cutlass.const_expr(not self.config.swizzled):
+    def _sf_offset(self, col: Int32) -> Int64:
+        """Bytes from a row's first scale."""
+        if not self.config.swizzled:
             return Int64(col)
         tile, col_in_tile = col // nvfp4.SWIZZLE_TILE_COLS, col % nvfp4.SWIZZLE_TILE_COLS
         return Int64(tile) * nvfp4.SWIZZLE_TILE_BYTES + Int64(col_in_tile)
 
-    @cute.jit
-    def _num_sf_cols(self, mSf: cute.Tensor, num_cols: Int32) -> Int32:
-        """Scales in a row, pads included."""
-        if cutlass.const_expr(not self.config.swizzled):
-            return num_cols
-        return Int32(mSf.shape[1]) * nvfp4.SWIZZLE_TILE_COLS
+    def _zero_codes(self, mCodes: cute.Tensor, row: Int32, col: Int32) -> None:
+        codes_row = mCodes.iterator.toint() + Int64(row) * Int64(mCodes.shape[1])
+        address = codes_row + Int64(col) * CODE_BYTES
+        store_words(address, [Uint32(0)] * (CODE_BYTES // WORD_BYTES))
+
+    def _my_columns(self, lane: Int32) -> tuple[Int32, Int32]:
+        """First and stride of this lane's columns, where a warp has a row."""
+        return cute.arch.block_idx()[1] * WARP + lane, cute.arch.grid_dim()[1] * WARP
 
     @cute.jit
-    def _num_steps(self, mX: cute.Tensor, mSf: cute.Tensor) -> Int32:
-        cols = self._num_sf_cols(mSf, Int32(mX.shape[1]) // nvfp4.BLOCK_SIZE)
-        return (cols + (BLOCKS_PER_STEP - 1)) // BLOCKS_PER_STEP
+    def _zero_codes_past_the_end(self, mOffs: cute.Tensor, mCodes: cute.Tensor):
+        num_rows, num_cols = Int32(mCodes.shape[0]), Int32(mCodes.shape[1]) // CODE_BYTES
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        first_row = (
+            Int32(mOffs[Int32(mOffs.shape[0]) - 1]) + cute.arch.block_idx()[0] * self.warps + warp
+        )
+        row_stride = cute.arch.grid_dim()[0] * self.warps
+        first, stride = self._my_columns(cute.arch.lane_idx())
+        for row in cutlass.range(first_row, num_rows, row_stride, unroll=1):
+            for col in cutlass.range(first, num_cols, stride, unroll=1):
+                self._zero_codes(mCodes, row, col)
 
     def compile(self, options: str = "") -> Callable[..., None]:
         config = self.config
@@ -440,17 +337,14 @@ class QuantizeKernel(BlockReader):
             block_scale = fake_swizzled(cute.sym_int32(), cute.sym_int32())
         else:
             block_scale = make_fake_compact_tensor(Uint8, (rows, cols), stride_order=(1, 0))
-        codes_align = nvfp4.packed_size(nvfp4.BLOCK_SIZE)
-        packed_k = cute.sym_int32(divisibility=codes_align)
         return cute.compile(
             self,
-            _fake_rows(config.dtype, rows),
-            make_fake_compact_tensor(Float32, (cute.sym_int32(),), assumed_align=WORD_BYTES),
+            fake_rows(config.dtype, rows),
+            fake_vector(Float32),
             fake_offs() if config.ragged else None,
-            make_fake_compact_tensor(
-                Uint8, (rows, packed_k), stride_order=(1, 0), assumed_align=codes_align
-            ),
+            fake_codes(rows),
             block_scale,
+            Int32(1),
             Int32(1),
             Int32(1),
             make_fake_stream(use_tvm_ffi_env_stream=True),
@@ -458,28 +352,48 @@ class QuantizeKernel(BlockReader):
         )
 
 
-def _fake_rows(dtype: torch.dtype, rows: cute.SymInt) -> cute.Tensor:
-    # No divisibility: the stride of a single row means nothing. ``why_no_rows`` checks.
-    row_stride = cute.sym_int64()
-    k = cute.sym_int32(divisibility=nvfp4.BLOCK_SIZE)
-    return make_fake_tensor(_DTYPES[dtype], (rows, k), (row_stride, 1), assumed_align=VECTOR_BYTES)
-
-
 def build(config: QuantizeConfig, options: str = "") -> Callable[..., None]:
     """Compile for ``CUTE_DSL_ARCH`` or the present GPU; called with torch tensors."""
     return QuantizeKernel(config).compile(options)
 
 
-def why_no_rows(x: Tensor) -> str | None:
-    """Why the kernels can not read the rows of x (R, K), or None where they can."""
-    if x.shape[1] % nvfp4.BLOCK_SIZE:
-        return f"K must be a multiple of {nvfp4.BLOCK_SIZE}, got {x.shape[1]}"
-    if x.stride(1) != 1:
-        return "elements of a row must be contiguous"
-    row_stride = x.stride(0) if x.shape[0] > 1 else 0
-    if x.data_ptr() % VECTOR_BYTES or row_stride * x.itemsize % VECTOR_BYTES:
-        return f"rows must start at multiples of {VECTOR_BYTES} bytes"
-    return None
+@cache
+def choose_col_warps(num_sf_cols: int, warps: int) -> int:
+    """Warps side by side in a line: of those that waste the fewest, the most, up to half of all.
+
+    The other half has the next line, which shares sectors of 32 bytes with it.
+
+    >>> [choose_col_warps(cols, 8) for cols in (8, 16, 48, 180, 448)]
+    [1, 1, 1, 4, 4]
+    """
+
+    def rank(col_warps: int) -> tuple[int, int]:
+        steps = nvfp4.ceil_div(num_sf_cols, col_warps * SWIZZLED_COLS)
+        return steps * col_warps, -col_warps
+
+    return min((1 << i for i in range(max(1, warps.bit_length() - 1))), key=rank)
+
+
+def choose_grid(
+    config: QuantizeConfig, rows: int, cols: int, row_tiles: int, multiprocessors: int
+) -> tuple[int, int, int]:
+    """(CTAs along rows, CTAs along column steps, warps side by side)."""
+    warps = config.threads // WARP
+    if not config.swizzled:
+        grid_rows, col_warps = nvfp4.ceil_div(rows, warps), 1
+        num_steps = nvfp4.ceil_div(cols, LINEAR_COLS)
+    else:
+        num_sf_cols = nvfp4.ceil_div(cols, nvfp4.SWIZZLE_TILE_COLS) * nvfp4.SWIZZLE_TILE_COLS
+        col_warps = choose_col_warps(num_sf_cols, warps)
+        grid_rows = nvfp4.ceil_div(row_tiles * nvfp4.SWIZZLE_LINES, warps // col_warps)
+        num_steps = nvfp4.ceil_div(num_sf_cols, col_warps * SWIZZLED_COLS)
+    # A row's steps go to CTAs of their own while there are multiprocessors to spare.
+    grid_steps = min(num_steps, max(1, CTAS_PER_SM * multiprocessors // grid_rows))
+    if config.swizzled and config.ragged:
+        resident = config.resident_ctas * multiprocessors
+        grid_rows = min(grid_rows, resident)
+        grid_steps = min(grid_steps, max(1, resident // grid_rows))
+    return grid_rows, grid_steps, col_warps
 
 
 def launch_quantize(
@@ -490,34 +404,30 @@ def launch_quantize(
     codes: Tensor,
     block_scale: Tensor,
     get_compiled: GetCompiled,
+    activation: str = "none",
+    limit: float | None = None,
 ) -> None:
-    """codes, block_scale = quantize_nvfp4(x, global_scale, offs), every byte of both written.
+    """codes, block_scale = quantize_nvfp4(act(x), global_scale, offs), every byte of both written.
 
-    x: (R, K) with ``why_no_rows(x)`` None. global_scale: fp32 () or (1,), with offs (E,), else
-    (R,) or (R, 1), contiguous. offs: (E,) int32 or None. codes: (R, K / 2) uint8, contiguous.
-    block_scale: one byte elements, contiguous; rank 2 is linear, rank 4 swizzled.
-    get_compiled: from a ``QuantizeConfig`` to what ``build`` returns for it.
+    x: (R, K), with a gated activation (R, 2 K), with ``why_no_rows(x)`` None. global_scale: fp32 ()
+    or (1,), with offs (E,), else (R,) or (R, 1), contiguous. offs: (E,) int32 or None. codes:
+    (R, K / 2) uint8, contiguous. block_scale: one byte elements, contiguous; rank 2 is linear,
+    rank 4 swizzled. get_compiled: from a ``QuantizeConfig`` to what ``build`` returns for it.
     """
     check_num_experts(offs)
     reason = why_no_rows(x)
     if reason is not None:
         raise ValueError(f"x: {reason}")
-    swizzled = block_scale.ndim == 4
     if block_scale.numel() == 0:
         return
+    swizzled = block_scale.ndim == 4
     scale: Literal["tensor", "row", "expert"] = "row"
     if global_scale.ndim == 0:
         scale = "tensor"
     elif global_scale.ndim == 1 and offs is not None:
         scale = "expert"
-    config = QuantizeConfig(x.dtype, scale, swizzled, offs is not None)
-    warps = config.threads // WARP
+    config = QuantizeConfig(x.dtype, scale, swizzled, offs is not None, activation, limit)
     sf = tiles_view(block_scale) if swizzled else block_scale.view(torch.uint8)
-    ctas = num_multiprocessors(x.device) * CTAS_PER_SM
-    row_ctas = nvfp4.ceil_div(max(x.shape[0], sf.shape[0] if swizzled else 0), warps)
-    # A row's steps go to CTAs of their own while there are multiprocessors to spare.
-    num_steps = nvfp4.ceil_div(nvfp4.num_blocks(x.shape[1]), BLOCKS_PER_STEP)
-    grid_steps = min(num_steps, nvfp4.ceil_div(ctas, row_ctas))
-    if swizzled:
-        row_ctas = min(row_ctas, nvfp4.ceil_div(ctas, grid_steps))
-    get_compiled(config)(x, global_scale.view(-1), offs, codes, sf, row_ctas, grid_steps)
+    cols = codes.shape[1] // CODE_BYTES
+    grid = choose_grid(config, x.shape[0], cols, sf.shape[0], num_multiprocessors(x.device))
+    get_compiled(config)(x, global_scale.view(-1), offs, codes, sf, *grid)

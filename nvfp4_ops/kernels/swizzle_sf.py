@@ -1,12 +1,11 @@
-"""Block scales to and from the 128x4 layout of tensor cores, and where ragged rows go in it.
+"""Block scales to and from the 128x4 layout of tensor cores.
 
-Portable CuTe DSL. Not for computing scales: ``quantize_rows`` writes this layout itself, with
-the ragged bookkeeping of this file.
+Portable CuTe DSL. Not for computing scales: ``quantize_rows`` writes this layout itself.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import cuda.bindings.driver as cuda_driver
 import cutlass
@@ -17,127 +16,32 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
-from nvfp4_ops.kernels.limits import MAX_EXPERTS
+from nvfp4_ops.kernels.memory import (
+    VECTOR_BYTES,
+    WARP,
+    WORD_BYTES,
+    GetCompiled,
+    bytes_at,
+    fake_offs,
+    fake_swizzled,
+    follow_previous_kernel,
+    vector_at,
+)
+from nvfp4_ops.kernels.ragged import (
+    ROW_GROUPS,
+    RaggedTiles,
+    check_num_experts,
+    locate_ragged_tile,
+    locate_tile,
+    tiles_view,
+)
 
-WARP = 32
-WORD_BYTES, VECTOR_BYTES = 4, 16
-# A lane handles one line of a tile: four rows, one in each group of 32.
-ROW_GROUPS = nvfp4.SWIZZLE_LINE_BYTES // nvfp4.SWIZZLE_TILE_COLS
-COL_TILES_PER_WARP = VECTOR_BYTES // nvfp4.SWIZZLE_TILE_COLS
-
-GetCompiled = Callable[[Any], Callable[..., None]]
-"""From a config to its compiled kernel; compiles or looks it up."""
-
-
-def vector_at(address: Int64, num_words: int, align: int = VECTOR_BYTES) -> cute.Tensor:
-    """Global memory at a byte address as 32-bit words."""
-    pointer = cute.make_ptr(Uint32, address, cute.AddressSpace.gmem, assumed_align=align)
-    return cute.make_tensor(pointer, cute.make_layout(num_words))
-
-
-def bytes_at(address: Int64, num_bytes: int) -> cute.Tensor:
-    pointer = cute.make_ptr(Uint8, address, cute.AddressSpace.gmem, assumed_align=1)
-    return cute.make_tensor(pointer, cute.make_layout(num_bytes))
-
-
-@cute.jit
-def upper_bound(table: cute.Tensor, size: Int32, value: Int32) -> Int32:
-    """How many entries of a non-decreasing table are <= value."""
-    low = Int32(0)
-    high = Int32(size)
-    while low < high:
-        middle = (low + high) >> 1
-        if Int32(table[middle]) <= value:
-            low = middle + 1
-        else:
-            high = middle
-    return low
-
-
-@cute.jit
-def entry_before(table: cute.Tensor, index: Int32) -> Int32:
-    """table[index - 1], and 0 before the first."""
-    entry = Int32(0)
-    if index > 0:
-        entry = Int32(table[index - 1])
-    return entry
-
-
-@cute.jit
-def tiles_of_expert(mOffs: cute.Tensor, expert: Int32) -> Int32:
-    rows = Int32(mOffs[expert]) - entry_before(mOffs, expert)
-    return (rows + (nvfp4.SWIZZLE_TILE_ROWS - 1)) // nvfp4.SWIZZLE_TILE_ROWS
-
-
-class RaggedTiles:
-    """Where each expert's rows and tiles end: two tables in shared memory, made by a whole CTA.
-
-    ``sEnd[e]`` is the end row (``offs`` itself), ``sTileEnd[e]`` the end tile:
-    rows per expert [2, 0, 130] have end rows [2, 2, 132] and end tiles [1, 1, 3].
-    """
-
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
-
-    @cute.jit
-    def scan(self, mOffs: cute.Tensor, num_experts: Int32):
-        """Collective. Returns (sEnd, sTileEnd)."""
-        smem = cutlass.memory.SmemAllocator()
-        sEnd = smem.allocate_tensor(Int32, cute.make_layout(MAX_EXPERTS), byte_alignment=16)
-        sTileEnd = smem.allocate_tensor(Int32, cute.make_layout(MAX_EXPERTS), byte_alignment=16)
-        sWarp = smem.allocate_tensor(Int32, cute.make_layout(WARP), byte_alignment=16)
-        thread = cute.arch.thread_idx()[0]
-        warp, lane = thread // WARP, thread % WARP
-        per_thread = (num_experts + (self.threads - 1)) // self.threads
-        first = thread * per_thread
-        own = Int32(0)
-        for i in cutlass.range(per_thread, unroll=1):
-            expert = first + i
-            if expert < num_experts:
-                own = own + tiles_of_expert(mOffs, expert)
-        total = own
-        for step in cutlass.range_constexpr(5):
-            below = cute.arch.shuffle_sync_up(total, 1 << step)
-            if lane >= (1 << step):
-                total = total + below
-        if lane == WARP - 1:
-            sWarp[warp] = total
-        cute.arch.sync_threads()
-        end = total - own
-        for other in cutlass.range_constexpr(self.threads // WARP):
-            if other < warp:
-                end = end + Int32(sWarp[other])
-        for i in cutlass.range(per_thread, unroll=1):
-            expert = first + i
-            if expert < num_experts:
-                end = end + tiles_of_expert(mOffs, expert)
-                sEnd[expert] = Int32(mOffs[expert])
-                sTileEnd[expert] = end
-        cute.arch.sync_threads()
-        return sEnd, sTileEnd
-
-
-@cute.jit
-def locate_ragged_tile(sEnd: cute.Tensor, sTileEnd: cute.Tensor, num_experts: Int32, tile: Int32):
-    """First linear row of a row tile and how many rows it holds; none past the last expert."""
-    expert = upper_bound(sTileEnd, num_experts, tile)
-    first = Int32(0)
-    count = Int32(0)
-    if expert < num_experts:
-        tile_in_expert = tile - entry_before(sTileEnd, expert)
-        first = entry_before(sEnd, expert) + tile_in_expert * nvfp4.SWIZZLE_TILE_ROWS
-        count = cutlass.min(Int32(sEnd[expert]) - first, Int32(nvfp4.SWIZZLE_TILE_ROWS))
-    return first, count
-
-
-@cute.jit
-def locate_tile(rows_per_expert: Int32, tile: Int32):
-    """The same where every expert has as many rows."""
-    tiles_per_expert = (rows_per_expert + (nvfp4.SWIZZLE_TILE_ROWS - 1)) // nvfp4.SWIZZLE_TILE_ROWS
-    expert = tile // tiles_per_expert
-    row = (tile - expert * tiles_per_expert) * nvfp4.SWIZZLE_TILE_ROWS
-    count = cutlass.min(rows_per_expert - row, Int32(nvfp4.SWIZZLE_TILE_ROWS))
-    return expert * rows_per_expert + row, count
+COL_TILES_PER_LANE = VECTOR_BYTES // nvfp4.SWIZZLE_TILE_COLS
+# Four lanes side by side read 64 contiguous bytes of a row, and eight lanes below each other write
+# 128 contiguous bytes of a tile: whole sectors on both sides.
+LANES_ACROSS = 4
+LINES_PER_WARP = WARP // LANES_ACROSS
+WARPS_PER_TILE = nvfp4.SWIZZLE_LINES // LINES_PER_WARP
 
 
 @dataclass(frozen=True)
@@ -152,18 +56,20 @@ class SwizzleConfig:
 class SwizzleKernel:
     """swizzled[tile_row(r), c] = linear[r, c], zero elsewhere; or the inverse.
 
-    A warp moves one row tile x four column tiles: a lane reads up to 16 bytes of each of its four
-    rows and writes four lines of 16 bytes, so that a warp writes (or, unswizzling, reads) whole
-    tiles. Pads are zeroed by the same stores. Unswizzling has further CTAs for the rows of no
-    expert. No limits on sizes but ``MAX_EXPERTS`` where ragged.
+    Four warps move one row tile x 16 column tiles, a lane one line of four of them: it reads up to
+    16 bytes of each of its four rows and writes four times 16 bytes (or the other way round). Pads
+    are zeroed by the same stores. Unswizzling has further CTAs for the rows of no expert. No limits
+    on sizes but ``MAX_EXPERTS`` where ragged.
     """
 
     def __init__(self, config: SwizzleConfig) -> None:
-        if config.threads % WARP or not WARP <= config.threads <= WARP * WARP:
-            raise ValueError(f"threads: must be whole warps, up to 1024, got {config.threads}")
+        warps = config.threads // WARP
+        if config.threads % (WARPS_PER_TILE * WARP) or not 0 < warps <= WARP:
+            raise ValueError(f"threads: must be a multiple of 128, to 1024, got {config.threads}")
         if config.direction not in ("swizzle", "unswizzle") or config.row_align not in (1, 4, 16):
             raise ValueError(f"not a swizzle config: {config}")
         self.config = config
+        self.lanes_across = warps // WARPS_PER_TILE * LANES_ACROSS
         self.ragged_tiles = RaggedTiles(config.threads)
 
     @cute.jit
@@ -176,7 +82,7 @@ class SwizzleKernel:
         stream: cuda_driver.CUstream,
     ):
         row_tiles, col_tiles, _ = mSwizzled.shape
-        col_tiles_per_cta = self.config.threads // WARP * COL_TILES_PER_WARP
+        col_tiles_per_cta = self.lanes_across * COL_TILES_PER_LANE
         grid_rows = Int32(row_tiles)
         if cutlass.const_expr(self.config.ragged and self.config.direction == "unswizzle"):
             num_rows = Int32(mLinear.shape[0])
@@ -185,6 +91,7 @@ class SwizzleKernel:
             grid=[grid_rows, cute.ceil_div(Int32(col_tiles), col_tiles_per_cta), 1],
             block=[self.config.threads, 1, 1],
             stream=stream,
+            use_pdl=True,
         )
 
     @cute.kernel
@@ -197,26 +104,28 @@ class SwizzleKernel:
     ):
         config = self.config
         tile, cta_y, _ = cute.arch.block_idx()
-        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        line = cute.arch.lane_idx()
+        lane, warp = cute.arch.lane_idx(), cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        line = warp % WARPS_PER_TILE * LINES_PER_WARP + lane // LANES_ACROSS
+        across = warp // WARPS_PER_TILE * LANES_ACROSS + lane % LANES_ACROSS
         num_rows, num_cols = Int32(mLinear.shape[0]), Int32(mLinear.shape[1])
         row_tiles, col_tiles = Int32(mSwizzled.shape[0]), Int32(mSwizzled.shape[1])
-        first_col_tile = (cta_y * (config.threads // WARP) + warp) * COL_TILES_PER_WARP
+        first_col_tile = (cta_y * self.lanes_across + across) * COL_TILES_PER_LANE
         # False in the CTAs that zero the rows of no expert.
         in_tiles = tile < row_tiles
+        follow_previous_kernel()
         if cutlass.const_expr(config.ragged):
             num_experts = Int32(mOffs.shape[0])
             sEnd, sTileEnd = self.ragged_tiles.scan(mOffs, num_experts)
-            first_row, num_valid = locate_ragged_tile(sEnd, sTileEnd, num_experts, tile)
+            _, first_row, num_valid = locate_ragged_tile(sEnd, sTileEnd, num_experts, tile)
             if not in_tiles:
                 num_dropped_before = (tile - row_tiles) * nvfp4.SWIZZLE_TILE_ROWS
                 first_row = Int32(sEnd[num_experts - 1]) + num_dropped_before
                 num_valid = num_rows - first_row
         else:
-            first_row, num_valid = locate_tile(rows_per_expert, tile)
+            _, first_row, num_valid = locate_tile(rows_per_expert, tile)
 
         # rLines[g, j]: word of row group g and column tile first_col_tile + j.
-        rLines = cute.make_rmem_tensor(cute.make_layout((ROW_GROUPS, COL_TILES_PER_WARP)), Uint32)
+        rLines = cute.make_rmem_tensor(cute.make_layout((ROW_GROUPS, COL_TILES_PER_LANE)), Uint32)
         rLines.fill(0)
         tile_base = mSwizzled.iterator.toint() + (
             (Int64(tile) * Int64(col_tiles) + Int64(first_col_tile)) * nvfp4.SWIZZLE_TILE_BYTES
@@ -245,7 +154,7 @@ class SwizzleKernel:
         load: cutlass.Constexpr[bool],
     ):
         """One line of 16 bytes of each column tile."""
-        for j in cutlass.range_constexpr(COL_TILES_PER_WARP):
+        for j in cutlass.range_constexpr(COL_TILES_PER_LANE):
             if first_col_tile + j < col_tiles:
                 gLine = vector_at(base + j * nvfp4.SWIZZLE_TILE_BYTES, ROW_GROUPS)
                 rLine = rLines[None, j]
@@ -272,19 +181,19 @@ class SwizzleKernel:
             address = base + Int64(group * nvfp4.SWIZZLE_LINES) * Int64(num_cols)
             if line + group * nvfp4.SWIZZLE_LINES < num_valid:
                 if cutlass.const_expr(width == VECTOR_BYTES):
-                    rRow = cute.make_rmem_tensor(cute.make_layout(COL_TILES_PER_WARP), Uint32)
+                    rRow = cute.make_rmem_tensor(cute.make_layout(COL_TILES_PER_LANE), Uint32)
                     if first_col < num_cols:
-                        gRow = vector_at(address, COL_TILES_PER_WARP)
+                        gRow = vector_at(address, COL_TILES_PER_LANE)
                         if cutlass.const_expr(load):
                             cute.autovec_copy(gRow, rRow)
-                            for j in cutlass.range_constexpr(COL_TILES_PER_WARP):
+                            for j in cutlass.range_constexpr(COL_TILES_PER_LANE):
                                 rLines[group, j] = rRow[j]
                         else:
-                            for j in cutlass.range_constexpr(COL_TILES_PER_WARP):
+                            for j in cutlass.range_constexpr(COL_TILES_PER_LANE):
                                 rRow[j] = rLines[group, j]
                             cute.autovec_copy(rRow, gRow)
                 else:
-                    for j in cutlass.range_constexpr(COL_TILES_PER_WARP):
+                    for j in cutlass.range_constexpr(COL_TILES_PER_LANE):
                         col = first_col + j * WORD_BYTES
                         if cutlass.const_expr(width == WORD_BYTES):
                             if col < num_cols:
@@ -319,31 +228,9 @@ class SwizzleKernel:
         )
 
 
-def fake_swizzled(row_tiles: cute.SymInt, col_tiles: cute.SymInt) -> cute.Tensor:
-    shape = (row_tiles, col_tiles, nvfp4.SWIZZLE_TILE_BYTES)
-    return make_fake_compact_tensor(
-        Uint8, shape, stride_order=(2, 1, 0), assumed_align=VECTOR_BYTES
-    )
-
-
-def fake_offs() -> cute.Tensor:
-    return make_fake_compact_tensor(Int32, (cute.sym_int32(),), assumed_align=4)
-
-
 def build(config: SwizzleConfig, options: str = "") -> Callable[..., None]:
     """Compile for ``CUTE_DSL_ARCH`` or the present GPU; called with torch tensors."""
     return SwizzleKernel(config).compile(options)
-
-
-def tiles_view(swizzled: Tensor) -> Tensor:
-    """(row tiles, column tiles, 32, 16) scales as (row tiles, column tiles, 512) bytes."""
-    row_tiles, col_tiles, *_ = swizzled.shape
-    return swizzled.view(torch.uint8).view(row_tiles, col_tiles, nvfp4.SWIZZLE_TILE_BYTES)
-
-
-def check_num_experts(offs: Tensor | None) -> None:
-    if offs is not None and offs.shape[0] > MAX_EXPERTS:
-        raise ValueError(f"offs: the kernel takes at most {MAX_EXPERTS}, got {offs.shape[0]}")
 
 
 def row_alignment(linear: Tensor) -> int:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
-from nvfp4_ops import reference
+from nvfp4_ops import kernels, reference
 from nvfp4_ops.ops.quantize import FLOAT_DTYPES, check_row_scale
 from nvfp4_ops.registry import (
     check_dtype,
@@ -56,6 +56,11 @@ def _check(
         check_same_device(name, tensor, codes.device)
 
 
+def _empty(codes: Tensor, dtype: torch.dtype | None) -> Tensor:
+    shape = (*codes.shape[:-1], codes.shape[-1] * nvfp4.CODES_PER_BYTE)
+    return codes.new_empty(shape, dtype=dtype or torch.float32)
+
+
 def _fake(
     codes: Tensor,
     block_scale: Tensor,
@@ -64,8 +69,7 @@ def _fake(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     _check(codes, block_scale, global_scale, offs, dtype)
-    shape = (*codes.shape[:-1], codes.shape[-1] * nvfp4.CODES_PER_BYTE)
-    return codes.new_empty(shape, dtype=dtype or torch.float32)
+    return _empty(codes, dtype)
 
 
 def _kernel(
@@ -76,9 +80,14 @@ def _kernel(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     _check(codes, block_scale, global_scale, offs, dtype)
-    return reference.dequantize_nvfp4(
-        codes, block_scale, global_scale, offs, dtype=dtype or torch.float32
-    )
+    num_experts = 1 if offs is None else offs.shape[0]
+    if not codes.is_cuda or kernels.why_no_elementwise(codes, num_experts) is not None:
+        return reference.dequantize_nvfp4(
+            codes, block_scale, global_scale, offs, dtype=dtype or torch.float32
+        )
+    out = _empty(codes, dtype)
+    kernels.dequantize(codes, block_scale, global_scale, offs, out)
+    return out
 
 
 _op = register(
@@ -106,7 +115,8 @@ def dequantize_nvfp4(
         block_scale: float8_e4m3fn, linear (R, K / 16) or (E, N, K / 16), or swizzled (rank 4).
         global_scale: fp32 decode scale: () or, for activations, (R,), (R, 1) or (E,) with
             ``offs``; for weights (E,).
-        offs: (E,) int32 end row of each expert, for activations.
+        offs: (E,) int32 end row of each expert, for activations. Rows from ``offs[-1]`` on are
+            zero.
         dtype: bf16, fp16 or fp32.
 
     Returns:

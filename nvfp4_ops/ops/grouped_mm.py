@@ -209,9 +209,9 @@ def _run_kernel(arguments: _Arguments, act: Activation) -> Tensor:
     n, k = arguments.n, arguments.k
     if sf_a is not None:
         # Every e2m1 * e4m3 product is exact in bf16.
-        if sf_a.ndim == 4:
-            sf_a = reference.unswizzle_sf(sf_a, (a.shape[0], nvfp4.num_blocks(k)), offs)
-        a = reference.decode_blocks(a, sf_a, torch.bfloat16)
+        decoded = a.new_empty((a.shape[0], k), dtype=torch.bfloat16)
+        kernels.dequantize(a, sf_a, None, offs, decoded)
+        a = decoded
     if sf_b is not None:
         if sf_b.ndim == 4:
             sf_b = reference.unswizzle_sf(sf_b, (b.shape[0], n, nvfp4.num_blocks(k)))

@@ -49,10 +49,10 @@ def _check(x: Tensor, global_scale: Tensor, offs: Tensor | None) -> None:
         check_same_device(name, tensor, x.device)
 
 
-def _shapes(
-    x: Tensor, offs: Tensor | None, swizzled: bool
+def quantized_shapes(
+    rows: int, k: int, offs: Tensor | None, swizzled: bool
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    rows, k = x.shape
+    """Shapes of codes and block scales."""
     linear = (rows, nvfp4.num_blocks(k))
     num_experts = None if offs is None else offs.shape[0]
     return (
@@ -65,7 +65,7 @@ def _fake(
     x: Tensor, global_scale: Tensor, offs: Tensor | None = None, swizzled: bool = False
 ) -> tuple[Tensor, Tensor]:
     _check(x, global_scale, offs)
-    codes, sf = _shapes(x, offs, swizzled)
+    codes, sf = quantized_shapes(x.shape[0], x.shape[1], offs, swizzled)
     return x.new_empty(codes, dtype=torch.uint8), x.new_empty(sf, dtype=torch.float8_e4m3fn)
 
 
@@ -76,7 +76,7 @@ def _kernel(
     num_experts = 1 if offs is None else offs.shape[0]
     if not x.is_cuda or kernels.why_no_elementwise(x, num_experts) is not None:
         return reference.quantize_nvfp4(x, global_scale, offs, swizzled)
-    codes_shape, sf_shape = _shapes(x, offs, swizzled)
+    codes_shape, sf_shape = quantized_shapes(x.shape[0], x.shape[1], offs, swizzled)
     codes = x.new_empty(codes_shape, dtype=torch.uint8)
     block_scale = x.new_empty(sf_shape, dtype=torch.float8_e4m3fn)
     kernels.quantize(x, global_scale, offs, codes, block_scale)
@@ -151,7 +151,11 @@ def _fake_global_scale(x: Tensor, per_token: bool = False) -> Tensor:
 
 def _kernel_global_scale(x: Tensor, per_token: bool = False) -> Tensor:
     _check_global_scale(x, per_token)
-    return reference.global_scale(x, per_token)
+    if not x.is_cuda or kernels.why_no_global_scale(x, per_token) is not None:
+        return reference.global_scale(x, per_token)
+    scale = x.new_empty((x.shape[0], 1) if per_token else (), dtype=torch.float32)
+    kernels.global_scale(x, scale)
+    return scale
 
 
 _op_global_scale = register(

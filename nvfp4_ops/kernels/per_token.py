@@ -1,0 +1,240 @@
+"""Rows to NVFP4 with a global scale of each row, found and used in one pass over memory.
+
+Portable CuTe DSL. A row stays in the registers of its warps between its maximum and its codes, so
+rows are limited; ``amax`` and ``quantize_rows`` do any row in two passes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import cuda.bindings.driver as cuda_driver
+import cutlass
+import cutlass.cute as cute
+import torch
+from cutlass import Float32, Int32, Int64, Uint8, Uint32
+from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
+from torch import Tensor
+
+from nvfp4_ops import format as nvfp4
+from nvfp4_ops.kernels.activation import is_gated
+from nvfp4_ops.kernels.amax import global_scale_of, warps_amax
+from nvfp4_ops.kernels.blocks import BlockQuantizer, encode_scales
+from nvfp4_ops.kernels.memory import (
+    CODE_BYTES,
+    WARP,
+    WORD_BYTES,
+    GetCompiled,
+    bytes_at,
+    fake_codes,
+    fake_offs,
+    fake_rows,
+    fake_vector,
+    follow_previous_kernel,
+    store_words,
+    why_no_rows,
+)
+
+WARPS = 8
+# Registers of a lane that hold its inputs.
+_MAX_INPUT_WORDS = 64
+
+
+@dataclass(frozen=True)
+class PerTokenConfig:
+    """activation, limit: applied to x first. A row is row_warps * 32 * blocks_per_lane blocks."""
+
+    dtype: torch.dtype
+    ragged: bool
+    row_warps: int
+    blocks_per_lane: int
+    activation: str = "none"
+    limit: float | None = None
+
+
+class PerTokenKernel:
+    """scale[r] = global_scale(act(x[r])); codes, block_scale = quantize_nvfp4(act(x), scale).
+
+    ``row_warps`` warps load a row, all its blocks at once, reduce its maximum by shuffles and in
+    shared memory, and quantize what they hold. Rows of no expert are not read; their codes and
+    block scales are zero, their scale is 1.
+
+    Limits: rows of x start at multiples of 16 bytes and fit the registers (``choose_config``).
+    """
+
+    def __init__(self, config: PerTokenConfig) -> None:
+        if not 0 < config.row_warps <= WARPS or WARPS % config.row_warps:
+            raise ValueError(f"row_warps: must divide {WARPS}, got {config.row_warps}")
+        self.config = config
+        self.rows_per_cta = WARPS // config.row_warps
+        self.blocks = BlockQuantizer(config.dtype, config.activation, config.limit)
+
+    @cute.jit
+    def __call__(
+        self,
+        mX: cute.Tensor,
+        mOffs: cute.Tensor | None,
+        mCodes: cute.Tensor,
+        mSf: cute.Tensor,
+        mScale: cute.Tensor,
+        stream: cuda_driver.CUstream,
+    ):
+        self.kernel(mX, mOffs, mCodes, mSf, mScale).launch(
+            grid=[cute.ceil_div(Int32(mSf.shape[0]), self.rows_per_cta), 1, 1],
+            block=[WARPS * WARP, 1, 1],
+            stream=stream,
+            use_pdl=True,
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        mX: cute.Tensor,
+        mOffs: cute.Tensor | None,
+        mCodes: cute.Tensor,
+        mSf: cute.Tensor,
+        mScale: cute.Tensor,
+    ):
+        row_warps = self.config.row_warps
+        warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+        row = cute.arch.block_idx()[0] * self.rows_per_cta + warp // row_warps
+        first_col = warp % row_warps * WARP + cute.arch.lane_idx()
+        num_rows = end_row = Int32(mSf.shape[0])
+        follow_previous_kernel()
+        if cutlass.const_expr(self.config.ragged):
+            end_row = Int32(mOffs[Int32(mOffs.shape[0]) - 1])
+        num_words = self.blocks.num_words
+        rWords = cute.make_rmem_tensor(
+            cute.make_layout((num_words, self.config.blocks_per_lane)), Uint32
+        )
+        rWords.fill(0)
+        amax = Float32(0.0)
+        if row < end_row:
+            self._load_row(mX, mCodes, row, first_col, rWords)
+            for i in cutlass.range_constexpr(self.config.blocks_per_lane):
+                absolute = self.blocks.absolute([rWords[j, i] for j in range(num_words)])
+                amax = cute.arch.fmax(amax, self.blocks.amax(absolute), nan=True)
+        # The CTA reduces together, so warps without a row take part.
+        amax = warps_amax(amax, row_warps, WARPS)
+        if row < num_rows:
+            global_scale = Float32(1.0)
+            if row < end_row:
+                global_scale = global_scale_of(amax)
+            self._store_row(mCodes, mSf, row, first_col, rWords, global_scale, row < end_row)
+            if first_col == 0:
+                mScale[row] = global_scale
+
+    @cute.jit
+    def _load_row(self, mX: cute.Tensor, mCodes: cute.Tensor, row: Int32, first_col: Int32, rWords):
+        """This lane's blocks, activated."""
+        num_cols, block_bytes = Int32(mCodes.shape[1]) // CODE_BYTES, self.blocks.block_bytes
+        x_row = mX.iterator.toint() + Int64(row) * (mX.stride[0] * self.config.dtype.itemsize)
+        rX = [self.blocks.registers() for _ in range(self.config.blocks_per_lane)]
+        for i in cutlass.range_constexpr(self.config.blocks_per_lane):
+            # Past the end the last block is loaded again: no branch between the loads.
+            col = cutlass.min(first_col + i * self.config.row_warps * WARP, num_cols - 1)
+            self.blocks.load(rX[i], x_row + Int64(col) * block_bytes, Int64(num_cols) * block_bytes)
+        for i in cutlass.range_constexpr(self.config.blocks_per_lane):
+            words = self.blocks.words(rX[i])
+            for j in cutlass.range_constexpr(self.blocks.num_words):
+                rWords[j, i] = words[j]
+
+    @cute.jit
+    def _store_row(
+        self,
+        mCodes: cute.Tensor,
+        mSf: cute.Tensor,
+        row: Int32,
+        first_col: Int32,
+        rWords: cute.Tensor,
+        global_scale: Float32,
+        inside: cutlass.Boolean,
+    ):
+        """Codes and scales of this lane's blocks, zero bytes unless ``inside``."""
+        num_cols = Int32(mSf.shape[1])
+        codes_row = mCodes.iterator.toint() + Int64(row) * Int64(mCodes.shape[1])
+        sf_row = mSf.iterator.toint() + Int64(row) * Int64(num_cols)
+        scales = encode_scales(global_scale)
+        for i in cutlass.range_constexpr(self.config.blocks_per_lane):
+            col = first_col + i * self.config.row_warps * WARP
+            words = [rWords[j, i] for j in range(self.blocks.num_words)]
+            codes, sf = self.blocks.quantize(words, scales)
+            if col < num_cols:
+                if not inside:
+                    codes, sf = [Uint32(0)] * (CODE_BYTES // WORD_BYTES), Uint32(0)
+                store_words(codes_row + Int64(col) * CODE_BYTES, codes)
+                gSf = bytes_at(sf_row + Int64(col), 1)
+                gSf[0] = Uint8(sf)
+
+    def compile(self, options: str = "") -> Callable[..., None]:
+        rows, cols = cute.sym_int32(), cute.sym_int32()
+        return cute.compile(
+            self,
+            fake_rows(self.config.dtype, rows),
+            fake_offs() if self.config.ragged else None,
+            fake_codes(rows),
+            make_fake_compact_tensor(Uint8, (rows, cols), stride_order=(1, 0)),
+            fake_vector(Float32),
+            make_fake_stream(use_tvm_ffi_env_stream=True),
+            options=f"--enable-tvm-ffi {options}",
+        )
+
+
+def build(config: PerTokenConfig, options: str = "") -> Callable[..., None]:
+    """Compile for ``CUTE_DSL_ARCH`` or the present GPU; called with torch tensors."""
+    return PerTokenKernel(config).compile(options)
+
+
+@cache
+def choose_config(
+    dtype: torch.dtype,
+    k: int,
+    *,
+    ragged: bool = False,
+    activation: str = "none",
+    limit: float | None = None,
+) -> PerTokenConfig | None:
+    """Fewest idle lanes, then two blocks a lane, over which its scales are amortised; None where
+    a row does not fit.
+
+    >>> [choose_config(torch.bfloat16, k).row_warps for k in (512, 2048, 2880, 7168, 16384)]
+    [1, 2, 2, 8, 8]
+    """
+    num_cols = nvfp4.num_blocks(k)
+    block_words = (
+        nvfp4.BLOCK_SIZE * dtype.itemsize // WORD_BYTES * (2 if is_gated(activation) else 1)
+    )
+    shapes = [
+        (row_warps, blocks_per_lane)
+        for row_warps in (1, 2, 4, 8)
+        for blocks_per_lane in range(1, min(4, _MAX_INPUT_WORDS // block_words) + 1)
+        if row_warps * blocks_per_lane * WARP >= num_cols
+    ]
+    if not shapes:
+        return None
+    row_warps, blocks_per_lane = min(
+        shapes, key=lambda shape: (shape[0] * shape[1], abs(shape[1] - 2))
+    )
+    return PerTokenConfig(dtype, ragged, row_warps, blocks_per_lane, activation, limit)
+
+
+def launch_quantize_per_token(
+    *,
+    x: Tensor,
+    offs: Tensor | None,
+    config: PerTokenConfig,
+    codes: Tensor,
+    block_scale: Tensor,
+    row_scale: Tensor,
+    get_compiled: GetCompiled,
+) -> None:
+    """codes, block_scale, row_scale = quantize_per_token_nvfp4(x, offs), every byte written.
+
+    x: (R, K), with a gated activation (R, 2 K), with ``why_no_rows(x)`` None. config: of
+    ``choose_config``. codes: (R, K / 2) uint8. block_scale: (R, K / 16). row_scale: (R, 1) fp32.
+    All contiguous. get_compiled: from a config to what ``build`` returns for it.
+    """
+    reason = why_no_rows(x)
+    if reason is not None:
+        raise ValueError(f"x: {reason}")
+    get_compiled(config)(x, offs, codes, block_scale.view(torch.uint8), row_scale.view(-1))
