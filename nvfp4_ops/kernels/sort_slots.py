@@ -21,7 +21,7 @@ from nvfp4_ops.kernels.limits import MAX_EXPERTS
 from nvfp4_ops.kernels.swizzle_sf import VECTOR_BYTES, WARP, GetCompiled
 
 FULL_WARP = 0xFFFFFFFF
-# Counters of two experts in a word, of 16 bits each: a CTA has at most 2^14 slots.
+# Counters of two experts in a word, of 16 bits each: a CTA has at most 2^13 slots.
 PAIR = 2
 COUNTER_BITS = 16
 COUNTER_MASK = (1 << COUNTER_BITS) - 1
@@ -59,8 +59,8 @@ class SortConfig:
                 f"threads: must be 256, 512 or 1024, and at least {self.num_pairs}, "
                 f"got {self.threads}"
             )
-        if not 1 <= self.slots_per_thread <= 16:
-            raise ValueError(f"slots_per_thread: must be 1 to 16, got {self.slots_per_thread}")
+        if self.slots_per_thread not in (1, 4, 8):
+            raise ValueError(f"slots_per_thread: must be 1, 4 or 8, got {self.slots_per_thread}")
         if self.stage == "whole" and self.num_slots > WHOLE_SLOTS:
             raise ValueError(f"whole: a CTA sorts up to {WHOLE_SLOTS}, got {self.num_slots} slots")
 
@@ -87,7 +87,7 @@ def choose_configs(num_slots: int, num_experts: int, dtype: torch.dtype) -> tupl
         if num_slots <= threads * slots_per_thread:
             return (SortConfig("whole", dtype, max_experts, threads, slots_per_thread),)
     # Every placing CTA reads the counts of all: their number is kept low.
-    per_thread = next((n for n in (1, 4) if num_slots <= 1024 * n * MAX_CTAS), 16)
+    per_thread = next((n for n in (1, 4) if num_slots <= 1024 * n * MAX_CTAS), 8)
     return (
         SortConfig("count", dtype, max_experts, 1024, per_thread),
         SortConfig("place", dtype, max_experts, 1024, per_thread),
@@ -164,7 +164,7 @@ class SortKernel:
         if cutlass.const_expr(config.stage == "place"):
             all_pairs = self._sum_counts(smem, mCounts, thread)
         cute.arch.sync_threads()
-        ranks = self._rank(sCounts, experts, num_experts)
+        ranked = self._rank(sCounts, experts, num_experts)
         cute.arch.sync_threads()
         own = Uint32(0)
         if thread < config.num_pairs:
@@ -188,7 +188,7 @@ class SortKernel:
                     if PAIR * thread + 1 < num_experts:
                         mOffs[PAIR * thread + 1] = start + low + high
             cute.arch.sync_threads()
-            rows = self._rows(sStart, sCounts, experts, ranks, num_experts)
+            rows = self._rows(sStart, sCounts, ranked, num_experts)
             self._write(smem, mTokens, mRows, rows, total, top_k)
 
     @cute.jit
@@ -262,9 +262,12 @@ class SortKernel:
 
     @cute.jit
     def _rank(self, sCounts: cute.Tensor, experts: list, num_experts: Int32) -> list:
-        """Earlier slots of the same expert in this warp, and the warp's counts."""
+        """Expert and rank (earlier slots of it in this warp) of each slot, and the warp's counts.
+
+        In one word, the rank in the upper half: many slots are many registers.
+        """
         warp = cute.arch.thread_idx()[0] // WARP
-        ranks = []
+        ranked = []
         for i in cutlass.range_constexpr(self.config.slots_per_thread):
             expert = experts[i]
             peers = Uint32(cute.arch.match_sync(FULL_WARP, expert))
@@ -277,8 +280,8 @@ class SortKernel:
             if expert < num_experts and rank == 0:
                 sCounts[warp, expert] = Uint16(seen + Int32(cute.arch.popc(peers)))
             cute.arch.sync_warp()
-            ranks.append(seen + rank)
-        return ranks
+            ranked.append(Int32(expert | ((seen + rank) << COUNTER_BITS)))
+        return ranked
 
     @cute.jit
     def _scan_column(self, sPairs: cute.Tensor, pair: Int32) -> Uint32:
@@ -321,8 +324,7 @@ class SortKernel:
         self,
         sStart: cute.Tensor,
         sCounts: cute.Tensor,
-        experts: list,
-        ranks: list,
+        ranked: list,
         num_experts: Int32,
     ) -> list:
         """Row of each of the lane's slots, -1 for none."""
@@ -330,9 +332,10 @@ class SortKernel:
         rows = []
         for i in cutlass.range_constexpr(self.config.slots_per_thread):
             row = Int32(-1)
-            if experts[i] < num_experts:
-                before = Int32(Uint16(sCounts[warp, experts[i]]))
-                row = Int32(sStart[experts[i]]) + before + ranks[i]
+            expert, rank = ranked[i] & COUNTER_MASK, ranked[i] >> COUNTER_BITS
+            if expert < num_experts:
+                before = Int32(Uint16(sCounts[warp, expert]))
+                row = Int32(sStart[expert]) + before + rank
             rows.append(row)
         return rows
 
