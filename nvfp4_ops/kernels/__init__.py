@@ -49,7 +49,7 @@ def why_no_kernels(device: torch.device) -> str | None:
 
 
 def why_no_elementwise(x: Tensor, num_experts: int = 1) -> str | None:
-    """Why the quantize and swizzle kernels can not serve x, or None where they can."""
+    """Why quantize, swizzle and routing kernels can not serve x, or None where they can."""
     if x.numel() == 0:
         return "there is nothing to compute"
     return _why_not_so_many(num_experts) or why_no_kernels(x.device)

@@ -6,6 +6,7 @@ rows, of other tokens or of any schedule.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import cuda.bindings.driver as cuda_driver
 import cutlass
@@ -210,6 +211,10 @@ def build(config: CombineConfig, options: str = "") -> Callable[..., None]:
     return CombineKernel(config).compile(options)
 
 
+# Made once: an eager call has microseconds to spend.
+_config = lru_cache(CombineConfig)
+
+
 def choose_config(
     rows: Tensor, weight_dtype: torch.dtype, out: Tensor, num_multiprocessors: int
 ) -> CombineConfig:
@@ -218,7 +223,7 @@ def choose_config(
     vectorized = together % VECTOR_BYTES == 0
     # Few tokens: more and smaller CTAs, for more multiprocessors to have a part.
     few = out.numel() * out.itemsize <= 256 * VECTOR_BYTES * num_multiprocessors
-    return CombineConfig(rows.dtype, weight_dtype, vectorized, 64 if few else 256)
+    return _config(rows.dtype, weight_dtype, vectorized, 64 if few else 256)
 
 
 def launch_combine(

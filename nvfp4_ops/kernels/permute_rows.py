@@ -5,6 +5,7 @@ Portable CuTe DSL, bound by memory. Not for arithmetic on rows: ``combine_rows``
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import cuda.bindings.driver as cuda_driver
@@ -44,6 +45,7 @@ class PermuteConfig:
         return self.threads * self.vectors_per_thread
 
 
+@lru_cache(maxsize=1024)
 def choose_config(access_bytes: int, num_vectors: int, num_multiprocessors: int) -> PermuteConfig:
     """One small CTA an SM is quick; where there is more to do, more bytes a thread in flight."""
     if num_vectors <= 4 * 256 * num_multiprocessors:

@@ -7,6 +7,7 @@ beyond that one kernel counts and a second one places. The meaning of every bit 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import cuda.bindings.driver as cuda_driver
@@ -78,6 +79,7 @@ class SortConfig:
         return self.threads * self.slots_per_thread
 
 
+@lru_cache(maxsize=1024)
 def choose_configs(num_slots: int, num_experts: int, dtype: torch.dtype) -> tuple[SortConfig, ...]:
     """The kernels to run, in order: ("whole",) or ("count", "place")."""
     max_experts = next(limit for limit in EXPERT_LIMITS if num_experts <= limit)
