@@ -316,10 +316,10 @@ def combine_on_ptx(
     target = memory.add(out)
     params = [
         argument(source, *rows.shape, stride=rows.stride(0)),
-        argument(memory.add(row_of_slot), tokens, top_k, stride=top_k),
-        argument(memory.add(weights), tokens, top_k, stride=top_k),
+        argument(memory.add(row_of_slot), tokens * top_k),
+        argument(memory.add(weights), tokens * top_k),
         argument(target, tokens, columns, stride=columns),
-        int32(tokens_per_slab),
+        *map(int32, (top_k, tokens_per_slab)),
     ]
     slab = min(tokens_per_slab, tokens) * vectors
     grid = (-(-slab // config.threads), -(-tokens // tokens_per_slab))
@@ -449,6 +449,18 @@ def test_combine_on_cuda_gives_the_bytes_of_the_cpu(
                 actual.view(torch.uint8),
                 nvfp4_ops.combine(cuda[0][:, part].contiguous(), *cuda[1:]).view(torch.uint8),
             )
+
+
+@pytest.mark.gpu
+def test_combine_on_cuda_takes_one_token_cut_out_of_a_batch() -> None:
+    """Contiguous to PyTorch, with the row stride of the batch."""
+    rows = torch.randn(64, 128).bfloat16().cuda()
+    slots = torch.randperm(64).int().view(4, 16).cuda()
+    weights = torch.rand(4, 16).cuda()
+    for part in ((slice(1, 2), slice(0, 8)), (slice(None), slice(3, 4))):
+        actual = nvfp4_ops.combine(rows, slots[part], weights[part])
+        expected = nvfp4_ops.combine(rows.cpu(), slots[part].cpu(), weights[part].cpu())
+        assert_bytes_equal(actual.cpu(), expected)
 
 
 @pytest.mark.gpu

@@ -73,7 +73,9 @@ class CombineKernel:
     The rows of ``SLOTS_IN_FLIGHT`` slots are loaded before the first of them is added. The second
     dimension of the grid are slabs of tokens, of less than 2^31 vectors each.
 
-    Limits: there is a row, which is what the slots of -1 read and do not use.
+    mSlots and mWeights are flat, slot j of token t at t * top_k + j.
+
+    Limits: there is a row, which is what the slots of -1 read and do not use; T * top_k < 2^31.
     """
 
     def __init__(self, config: CombineConfig) -> None:
@@ -87,6 +89,7 @@ class CombineKernel:
         mSlots: cute.Tensor,
         mWeights: cute.Tensor,
         mOut: cute.Tensor,
+        top_k: Int32,
         tokens_per_slab: Int32,
         stream: cuda_driver.CUstream,
     ):
@@ -94,7 +97,7 @@ class CombineKernel:
         vectors = cutlass.min(tokens_per_slab, num_tokens) * (
             columns // self.config.vector_elements
         )
-        self.kernel(mRows, mSlots, mWeights, mOut, tokens_per_slab).launch(
+        self.kernel(mRows, mSlots, mWeights, mOut, top_k, tokens_per_slab).launch(
             grid=[
                 cute.ceil_div(vectors, self.config.threads),
                 cute.ceil_div(num_tokens, tokens_per_slab),
@@ -112,13 +115,13 @@ class CombineKernel:
         mSlots: cute.Tensor,
         mWeights: cute.Tensor,
         mOut: cute.Tensor,
+        top_k: Int32,
         tokens_per_slab: Int32,
     ):
         config = self.config
         size = config.vector_elements
         cta, slab, _ = cute.arch.block_idx()
         num_tokens, columns = Int32(mOut.shape[0]), Int32(mOut.shape[1])
-        top_k = Int32(mSlots.shape[1])
         token, vector = divide(cta * config.threads + cute.arch.thread_idx()[0], columns // size)
         in_slab = token < tokens_per_slab
         token = slab * tokens_per_slab + token
@@ -131,12 +134,12 @@ class CombineKernel:
                 rows, weights, vectors = [], [], []
                 for i in cutlass.range_constexpr(SLOTS_IN_FLIGHT):
                     # Past the end the last slot again: no branch between the loads.
-                    slot = cutlass.min(first + i, top_k - 1)
-                    row = Int32(mSlots[token, slot])
+                    slot = token * top_k + cutlass.min(first + i, top_k - 1)
+                    row = Int32(mSlots[slot])
                     if first + i >= top_k:
                         row = Int32(-1)
                     rows.append(row)
-                    weights.append(Float32(mWeights[token, slot]))
+                    weights.append(Float32(mWeights[slot]))
                 for i in cutlass.range_constexpr(SLOTS_IN_FLIGHT):
                     row = cutlass.max(rows[i], Int32(0))
                     address = (
@@ -176,7 +179,7 @@ class CombineKernel:
 
     def compile(self, options: str = "") -> Callable[..., None]:
         config = self.config
-        tokens, top_k = cute.sym_int32(), cute.sym_int32()
+        num_slots = cute.sym_int32()
         columns = cute.sym_int32(divisibility=config.vector_elements)
         align = VECTOR_BYTES if config.vectorized else config.dtype.itemsize
         return cute.compile(
@@ -188,18 +191,19 @@ class CombineKernel:
                 (cute.sym_int64(), 1),
                 assumed_align=align,
             ),
-            make_fake_compact_tensor(
-                Int32, (tokens, top_k), stride_order=(1, 0), assumed_align=WORD_BYTES
-            ),
+            make_fake_compact_tensor(Int32, (num_slots,), assumed_align=WORD_BYTES),
             make_fake_compact_tensor(
                 DTYPES[config.weight_dtype],
-                (tokens, top_k),
-                stride_order=(1, 0),
+                (num_slots,),
                 assumed_align=config.weight_dtype.itemsize,
             ),
             make_fake_compact_tensor(
-                self.element, (tokens, columns), stride_order=(1, 0), assumed_align=align
+                self.element,
+                (cute.sym_int32(), columns),
+                stride_order=(1, 0),
+                assumed_align=align,
             ),
+            Int32(1),
             Int32(1),
             make_fake_stream(use_tvm_ffi_env_stream=True),
             options=f"--enable-tvm-ffi {options}",
@@ -244,4 +248,6 @@ def launch_combine(
     config = choose_config(rows, top_k_weights.dtype, out, num_multiprocessors(rows.device))
     vectors_per_token = rows.shape[1] // config.vector_elements
     tokens_per_slab = max(1, MAX_VECTORS // vectors_per_token)
-    get_compiled(config)(rows, row_of_slot, top_k_weights, out, tokens_per_slab)
+    # Flat: the stride of a single token or slot means nothing.
+    slots, weights = row_of_slot.view(-1), top_k_weights.view(-1)
+    get_compiled(config)(rows, slots, weights, out, row_of_slot.shape[1], tokens_per_slab)
