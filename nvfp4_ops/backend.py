@@ -16,6 +16,9 @@ HAVE_KERNELS = {
     "dequantize_nvfp4": "",
     "swizzle_sf": "",
     "unswizzle_sf": "",
+    "sort_by_expert": "",
+    "permute": "",
+    "combine": "",
     "grouped_scaled_mm": " (bf16 or NVFP4 rows, bf16 or fp32 out; else the reference)",
 }
 

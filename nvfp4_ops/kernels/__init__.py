@@ -20,13 +20,16 @@ from nvfp4_ops.kernels.prepack_sm90 import GATED_RANK, PLAIN_RANK, prepacked_sha
 __all__ = [
     "GATED_RANK",
     "PLAIN_RANK",
+    "combine",
     "dequantize",
     "global_scale",
     "grouped_mm",
+    "permute",
     "prepack",
     "prepacked_shape",
     "quantize",
     "quantize_per_token",
+    "sort_by_expert",
     "swizzle",
     "unpack",
     "unswizzle",
@@ -54,7 +57,7 @@ def why_no_kernels(device: torch.device) -> str | None:
 
 
 def why_no_elementwise(x: Tensor, num_experts: int = 1) -> str | None:
-    """Why the elementwise kernels can not serve x, or None where they can."""
+    """Why the elementwise and routing kernels can not serve x, or None where they can."""
     if x.numel() == 0:
         return "there is nothing to compute"
     return _why_not_so_many(num_experts) or why_no_kernels(x.device)
@@ -324,4 +327,48 @@ def unswizzle(swizzled: Tensor, offs: Tensor | None, sf: Tensor) -> None:
         offs=offs,
         sf=sf,
         get_compiled=_get_compiled("swizzle", kernel),
+    )
+
+
+def sort_by_expert(
+    top_k_index: Tensor, offs: Tensor, token_of_row: Tensor, row_of_slot: Tensor
+) -> None:
+    """Write the three outputs of ``sort_by_expert`` for top_k_index (T, top_k)."""
+    from nvfp4_ops.kernels import sort_slots as kernel
+
+    kernel.launch_sort(
+        top_k_index=top_k_index.contiguous(),
+        offs=offs,
+        token_of_row=token_of_row,
+        row_of_slot=row_of_slot,
+        get_compiled=_get_compiled("sort_by_expert", kernel),
+    )
+
+
+def permute(x: Tensor, token_of_row: Tensor, out: Tensor) -> None:
+    """Write out[r] = x[token_of_row[r]], zeros for -1; x (T, ...) of any dtype."""
+    from nvfp4_ops.kernels import permute_rows as kernel
+
+    # A view where the elements of a row lie together, else a copy.
+    rows = x.reshape(x.shape[0], -1)
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    kernel.launch_permute(
+        x=rows,
+        token_of_row=token_of_row.contiguous(),
+        out=out.view(out.shape[0], -1),
+        get_compiled=_get_compiled("permute", kernel),
+    )
+
+
+def combine(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor, out: Tensor) -> None:
+    """Write out[t] = sum over j of top_k_weights[t, j] * rows[row_of_slot[t, j]]."""
+    from nvfp4_ops.kernels import combine_rows as kernel
+
+    kernel.launch_combine(
+        rows=rows if rows.stride(1) == 1 else rows.contiguous(),
+        row_of_slot=row_of_slot.contiguous(),
+        top_k_weights=top_k_weights.contiguous(),
+        out=out,
+        get_compiled=_get_compiled("combine", kernel),
     )

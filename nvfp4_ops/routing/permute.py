@@ -14,6 +14,7 @@ A slot whose index is E or more belongs to another rank (expert parallelism): it
 import torch
 from torch import Tensor
 
+from nvfp4_ops import kernels
 from nvfp4_ops.registry import (
     check_dtype,
     check_rank,
@@ -37,8 +38,7 @@ def _check_sort(top_k_index: Tensor, num_experts: int) -> None:
         )
 
 
-def _sort_fake(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    _check_sort(top_k_index, num_experts)
+def _empty_plan(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     tokens, top_k = top_k_index.shape
     return (
         top_k_index.new_empty((num_experts,), dtype=torch.int32),
@@ -47,8 +47,21 @@ def _sort_fake(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
     )
 
 
+def _sort_fake(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    _check_sort(top_k_index, num_experts)
+    return _empty_plan(top_k_index, num_experts)
+
+
 def _sort_kernel(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     _check_sort(top_k_index, num_experts)
+    if top_k_index.is_cuda and kernels.why_no_elementwise(top_k_index, num_experts) is None:
+        plan = _empty_plan(top_k_index, num_experts)
+        kernels.sort_by_expert(top_k_index, *plan)
+        return plan
+    return _sort_reference(top_k_index, num_experts)
+
+
+def _sort_reference(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     _, top_k = top_k_index.shape
     expert = top_k_index.flatten().clamp(max=num_experts)
     expert_sorted, slot_of_row = expert.sort(stable=True)
@@ -84,7 +97,8 @@ def sort_by_expert(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tenso
     The module's docstring works an example.
 
     Raises:
-        TypeError: another dtype. ValueError: not a matrix, or (on the CPU) a negative index.
+        TypeError: another dtype. ValueError: not a matrix, or (on the CPU) a negative index; a
+            GPU, where looking would mean waiting, drops it like one of E or more.
     """
     return _sort_by_expert(top_k_index, num_experts)
 
@@ -108,14 +122,26 @@ def _check_indices(name: str, index: Tensor, size: int, of_what: str) -> None:
         )
 
 
+def _empty_rows(x: Tensor, token_of_row: Tensor) -> Tensor:
+    return x.new_empty((token_of_row.shape[0], *x.shape[1:]))
+
+
 def _permute_fake(x: Tensor, token_of_row: Tensor) -> Tensor:
     _check_permute(x, token_of_row)
-    return x.new_empty((token_of_row.shape[0], *x.shape[1:]))
+    return _empty_rows(x, token_of_row)
 
 
 def _permute_kernel(x: Tensor, token_of_row: Tensor) -> Tensor:
     _check_permute(x, token_of_row)
     _check_indices("token_of_row", token_of_row, x.shape[0], "tokens")
+    if x.is_cuda and token_of_row.numel() and kernels.why_no_elementwise(x) is None:
+        out = _empty_rows(x, token_of_row)
+        kernels.permute(x, token_of_row, out)
+        return out
+    return _permute_reference(x, token_of_row)
+
+
+def _permute_reference(x: Tensor, token_of_row: Tensor) -> Tensor:
     # float8 has no indexing of its own on every device; the bytes do.
     rows = x.view(torch.uint8) if x.dtype.itemsize == 1 else x
     padded = torch.cat([rows, rows.new_zeros((1, *rows.shape[1:]))])
@@ -156,14 +182,26 @@ def _check_combine(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor) -> 
     check_same_device("top_k_weights", top_k_weights, rows.device)
 
 
+def _empty_tokens(rows: Tensor, row_of_slot: Tensor) -> Tensor:
+    return rows.new_empty((row_of_slot.shape[0], rows.shape[1]))
+
+
 def _combine_fake(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor) -> Tensor:
     _check_combine(rows, row_of_slot, top_k_weights)
-    return rows.new_empty((row_of_slot.shape[0], rows.shape[1]))
+    return _empty_tokens(rows, row_of_slot)
 
 
 def _combine_kernel(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor) -> Tensor:
     _check_combine(rows, row_of_slot, top_k_weights)
     _check_indices("row_of_slot", row_of_slot, rows.shape[0], "rows")
+    if rows.is_cuda and row_of_slot.numel() and kernels.why_no_elementwise(rows) is None:
+        out = _empty_tokens(rows, row_of_slot)
+        kernels.combine(rows, row_of_slot, top_k_weights, out)
+        return out
+    return _combine_reference(rows, row_of_slot, top_k_weights)
+
+
+def _combine_reference(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor) -> Tensor:
     tokens, top_k = row_of_slot.shape
     padded = torch.cat([rows, rows.new_zeros((1, rows.shape[1]))])
     total = torch.zeros(tokens, rows.shape[1], dtype=torch.float32, device=rows.device)

@@ -1,0 +1,442 @@
+"""Slots to rows: a stable counting sort by expert whose bits no schedule can change.
+
+Portable CuTe DSL. Up to ``WHOLE_SLOTS`` slots, where decoding waits for it, one CTA does it all;
+beyond that one kernel counts and a second one places. The meaning of every bit is
+``nvfp4_ops.routing.permute``'s. Not for moving rows: ``permute_rows`` does that.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import cuda.bindings.driver as cuda_driver
+import cutlass
+import cutlass.cute as cute
+import torch
+from cutlass import Int32, Int64, Uint16, Uint32
+from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
+from torch import Tensor
+
+from nvfp4_ops.kernels.limits import MAX_EXPERTS
+from nvfp4_ops.kernels.swizzle_sf import VECTOR_BYTES, WARP, GetCompiled
+
+FULL_WARP = 0xFFFFFFFF
+# Counters of two experts in a word, of 16 bits each: a CTA has at most 2^13 slots.
+PAIR = 2
+COUNTER_BITS = 16
+COUNTER_MASK = (1 << COUNTER_BITS) - 1
+# Tables in shared memory are this wide; a narrow one leaves more of it to neighbours.
+EXPERT_LIMITS = (256, MAX_EXPERTS)
+WHOLE_SLOTS = 4096
+MAX_SLOTS = 1 << 30
+MAX_CTAS = 128
+LOADS_IN_FLIGHT = 8
+_INDEX_TYPES = {torch.int32: Int32, torch.int64: Int64}
+
+
+@dataclass(frozen=True)
+class SortConfig:
+    """Static configuration.
+
+    stage: "whole" sorts in one CTA; "count" writes each CTA's counts and "place" uses them.
+    max_experts: width of the tables, one of ``EXPERT_LIMITS``.
+    threads, slots_per_thread: their product is the number of slots of a CTA.
+    """
+
+    stage: Literal["whole", "count", "place"]
+    index_dtype: torch.dtype
+    max_experts: int
+    threads: int = 1024
+    slots_per_thread: int = 1
+
+    def __post_init__(self) -> None:
+        if self.index_dtype not in _INDEX_TYPES:
+            raise ValueError(f"index_dtype: must be int32 or int64, got {self.index_dtype}")
+        if self.max_experts not in EXPERT_LIMITS:
+            raise ValueError(f"max_experts: must be in {EXPERT_LIMITS}, got {self.max_experts}")
+        if self.threads not in (256, 512, 1024) or self.threads < self.num_pairs:
+            raise ValueError(
+                f"threads: must be 256, 512 or 1024, and at least {self.num_pairs}, "
+                f"got {self.threads}"
+            )
+        if self.slots_per_thread not in (1, 4, 8):
+            raise ValueError(f"slots_per_thread: must be 1, 4 or 8, got {self.slots_per_thread}")
+        if self.stage == "whole" and self.num_slots > WHOLE_SLOTS:
+            raise ValueError(f"whole: a CTA sorts up to {WHOLE_SLOTS}, got {self.num_slots} slots")
+
+    @property
+    def num_pairs(self) -> int:
+        return self.max_experts // PAIR
+
+    @property
+    def num_warps(self) -> int:
+        return self.threads // WARP
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of a CTA."""
+        return self.threads * self.slots_per_thread
+
+
+@lru_cache(maxsize=1024)
+def choose_configs(num_slots: int, num_experts: int, dtype: torch.dtype) -> tuple[SortConfig, ...]:
+    """The kernels to run, in order: ("whole",) or ("count", "place")."""
+    max_experts = next(limit for limit in EXPERT_LIMITS if num_experts <= limit)
+    # Few threads start and meet sooner.
+    few = max(256, max_experts // PAIR)
+    for threads, slots_per_thread in ((few, 1), (1024, 1), (1024, 4)):
+        if num_slots <= threads * slots_per_thread:
+            return (SortConfig("whole", dtype, max_experts, threads, slots_per_thread),)
+    # Every placing CTA reads the counts of all: their number is kept low.
+    per_thread = next((n for n in (1, 4) if num_slots <= 1024 * n * MAX_CTAS), 8)
+    return (
+        SortConfig("count", dtype, max_experts, 1024, per_thread),
+        SortConfig("place", dtype, max_experts, 1024, per_thread),
+    )
+
+
+class SortKernel:
+    """offs, token_of_row, row_of_slot = sort_by_expert(top_k_index, E).
+
+        row(slot) = slots of lower experts + earlier slots of the same expert
+
+    A warp owns consecutive slots and ranks 32 at a time: lanes of the same expert find each other
+    by ``match``, their rank is the number of lower ones, and the lowest keeps count in the warp's
+    row of the table. A scan down each column of the table gives what earlier warps have of an
+    expert, a scan over the experts where an expert starts. Where there are several CTAs each first
+    writes its column sums; the placing CTAs then sum those of all CTAs, and of the earlier ones.
+
+    Every sum is of integers in a fixed order and no CTA waits for another one.
+
+    Limits: E <= max_experts; slots <= ``MAX_SLOTS``. An index below 0 is dropped like one from E
+    on.
+    """
+
+    def __init__(self, config: SortConfig) -> None:
+        self.config = config
+
+    @cute.jit
+    def __call__(
+        self,
+        mIndex: cute.Tensor,
+        mCounts: cute.Tensor | None,
+        mOffs: cute.Tensor | None,
+        mTokens: cute.Tensor | None,
+        mRows: cute.Tensor | None,
+        num_experts: Int32,
+        top_k: Int32,
+        num_ctas: Int32,
+        stream: cuda_driver.CUstream,
+    ):
+        self.kernel(mIndex, mCounts, mOffs, mTokens, mRows, num_experts, top_k).launch(
+            grid=[num_ctas, 1, 1], block=[self.config.threads, 1, 1], stream=stream, use_pdl=True
+        )
+
+    @cute.kernel
+    def kernel(
+        self,
+        mIndex: cute.Tensor,
+        mCounts: cute.Tensor | None,
+        mOffs: cute.Tensor | None,
+        mTokens: cute.Tensor | None,
+        mRows: cute.Tensor | None,
+        num_experts: Int32,
+        top_k: Int32,
+    ):
+        config = self.config
+        thread = cute.arch.thread_idx()[0]
+        smem = cutlass.memory.SmemAllocator()
+        table = cute.make_layout((config.num_warps, config.num_pairs), stride=(config.num_pairs, 1))
+        sPairs = smem.allocate_tensor(Uint32, table, byte_alignment=VECTOR_BYTES)
+        # The same table, a counter an expert.
+        pointer = cute.make_ptr(
+            Uint16, sPairs.iterator.toint(), cute.AddressSpace.smem, assumed_align=VECTOR_BYTES
+        )
+        sCounts = cute.make_tensor(
+            pointer,
+            cute.make_layout(
+                (config.num_warps, config.max_experts), stride=(config.max_experts, 1)
+            ),
+        )
+        self._zero(sPairs, thread)
+        cute.arch.griddepcontrol_wait()
+        cute.arch.griddepcontrol_launch_dependents()
+        experts = self._load_experts(mIndex, num_experts)
+        if cutlass.const_expr(config.stage == "place"):
+            all_pairs = self._sum_counts(smem, mCounts, thread)
+        cute.arch.sync_threads()
+        ranked = self._rank(sCounts, experts, num_experts)
+        cute.arch.sync_threads()
+        own = Uint32(0)
+        if thread < config.num_pairs:
+            own = self._scan_column(sPairs, thread)
+        if cutlass.const_expr(config.stage == "count"):
+            if thread < config.num_pairs:
+                mCounts[cute.arch.block_idx()[0], thread] = Int32(own)
+        else:
+            low, high = Int32(own & Uint32(COUNTER_MASK)), Int32(own >> COUNTER_BITS)
+            before_low, before_high = Int32(0), Int32(0)
+            if cutlass.const_expr(config.stage == "place"):
+                low, high, before_low, before_high = all_pairs
+            start, total = self._scan_experts(smem, low + high, thread)
+            sStart = smem.allocate_tensor(Int32, cute.make_layout(config.max_experts))
+            if thread < config.num_pairs:
+                sStart[PAIR * thread] = start + before_low
+                sStart[PAIR * thread + 1] = start + low + before_high
+                if cute.arch.block_idx()[0] == 0:
+                    if PAIR * thread < num_experts:
+                        mOffs[PAIR * thread] = start + low
+                    if PAIR * thread + 1 < num_experts:
+                        mOffs[PAIR * thread + 1] = start + low + high
+            cute.arch.sync_threads()
+            rows = self._rows(sStart, sCounts, ranked, num_experts)
+            self._write(smem, mTokens, mRows, rows, total, top_k)
+
+    @cute.jit
+    def _first_slot(self) -> Int32:
+        """Of this lane; its others follow at steps of a warp."""
+        thread, warp_slots = cute.arch.thread_idx()[0], WARP * self.config.slots_per_thread
+        first = cute.arch.block_idx()[0] * self.config.num_slots
+        return first + thread // WARP * warp_slots + thread % WARP
+
+    @cute.jit
+    def _zero(self, sPairs: cute.Tensor, thread: Int32):
+        config = self.config
+        words = config.num_warps * config.num_pairs
+        sWords = cute.make_tensor(sPairs.iterator, cute.make_layout(words))
+        for i in cutlass.range_constexpr(words // config.threads):
+            sWords[i * config.threads + thread] = Uint32(0)
+
+    @cute.jit
+    def _load_experts(self, mIndex: cute.Tensor, num_experts: Int32) -> list:
+        """Expert of each of the lane's slots; num_experts where the slot gets no row."""
+        num_slots = Int32(mIndex.shape[0])
+        first = self._first_slot()
+        experts = []
+        for i in cutlass.range_constexpr(self.config.slots_per_thread):
+            slot = first + i * WARP
+            expert = Int32(num_experts)
+            if slot < num_slots:
+                index = _INDEX_TYPES[self.config.index_dtype](mIndex[slot])
+                if index >= 0 and index < num_experts:
+                    expert = Int32(index)
+            experts.append(expert)
+        return experts
+
+    @cute.jit
+    def _sum_counts(self, smem, mCounts: cute.Tensor, thread: Int32) -> tuple:
+        """Of the thread's pair: slots of all CTAs (low, high), slots of earlier CTAs (low, high).
+
+        The threads of a pair take every ``parts``-th CTA each.
+        """
+        config = self.config
+        parts = config.threads // config.num_pairs
+        cta, num_ctas = cute.arch.block_idx()[0], Int32(mCounts.shape[0])
+        pair, part = thread % config.num_pairs, thread // config.num_pairs
+        low, high, before_low, before_high = Int32(0), Int32(0), Int32(0), Int32(0)
+        for first in cutlass.range(part, num_ctas, parts * LOADS_IN_FLIGHT, unroll=1):
+            counts = []
+            for i in cutlass.range_constexpr(LOADS_IN_FLIGHT):
+                # Past the end the last one again: no branch between the loads.
+                other = cutlass.min(first + i * parts, num_ctas - 1)
+                counts.append(Uint32(mCounts[other, pair]))
+            for i in cutlass.range_constexpr(LOADS_IN_FLIGHT):
+                other = first + i * parts
+                other_low = Int32(counts[i] & Uint32(COUNTER_MASK))
+                other_high = Int32(counts[i] >> COUNTER_BITS)
+                if other < num_ctas:
+                    low = low + other_low
+                    high = high + other_high
+                if other < cta:
+                    before_low = before_low + other_low
+                    before_high = before_high + other_high
+        table = cute.make_layout((4, config.threads), stride=(config.threads, 1))
+        sSums = smem.allocate_tensor(Int32, table)
+        for i, value in enumerate((low, high, before_low, before_high)):
+            sSums[i, thread] = value
+        cute.arch.sync_threads()
+        sums = [Int32(0), Int32(0), Int32(0), Int32(0)]
+        for i in cutlass.range_constexpr(4):
+            for j in cutlass.range_constexpr(parts):
+                sums[i] = sums[i] + Int32(sSums[i, j * config.num_pairs + pair])
+        return tuple(sums)
+
+    @cute.jit
+    def _rank(self, sCounts: cute.Tensor, experts: list, num_experts: Int32) -> list:
+        """Expert and rank (earlier slots of it in this warp) of each slot, and the warp's counts.
+
+        In one word, the rank in the upper half: many slots are many registers.
+        """
+        warp = cute.arch.thread_idx()[0] // WARP
+        ranked = []
+        for i in cutlass.range_constexpr(self.config.slots_per_thread):
+            expert = experts[i]
+            peers = Uint32(cute.arch.match_sync(FULL_WARP, expert))
+            rank = Int32(cute.arch.popc(peers & Uint32(cute.arch.lanemask_lt())))
+            seen = Int32(0)
+            if cutlass.const_expr(i > 0):
+                if expert < num_experts:
+                    seen = Int32(Uint16(sCounts[warp, expert]))
+                cute.arch.sync_warp()
+            if expert < num_experts and rank == 0:
+                sCounts[warp, expert] = Uint16(seen + Int32(cute.arch.popc(peers)))
+            cute.arch.sync_warp()
+            ranked.append(Int32(expert | ((seen + rank) << COUNTER_BITS)))
+        return ranked
+
+    @cute.jit
+    def _scan_column(self, sPairs: cute.Tensor, pair: Int32) -> Uint32:
+        """Counts of a pair in this CTA; the table then has what earlier warps counted."""
+        total = Uint32(0)
+        counts = []
+        for warp in cutlass.range_constexpr(self.config.num_warps):
+            counts.append(Uint32(sPairs[warp, pair]))
+        for warp in cutlass.range_constexpr(self.config.num_warps):
+            if cutlass.const_expr(self.config.stage != "count"):
+                sPairs[warp, pair] = total
+            # No carry from one counter to the other: a CTA has fewer slots than 2^16.
+            total = total + counts[warp]
+        return total
+
+    @cute.jit
+    def _scan_experts(self, smem, own: Int32, thread: Int32) -> tuple:
+        """Slots of the pairs before the thread's, and slots of all; own: slots of its pair."""
+        warp, lane = thread // WARP, thread % WARP
+        num_warps = self.config.num_pairs // WARP
+        sWarp = smem.allocate_tensor(Int32, cute.make_layout(num_warps))
+        end = own
+        for step in cutlass.range_constexpr(5):
+            below = cute.arch.shuffle_sync_up(end, 1 << step)
+            if lane >= (1 << step):
+                end = end + below
+        if lane == WARP - 1 and warp < num_warps:
+            sWarp[warp] = end
+        cute.arch.sync_threads()
+        start, total = end - own, Int32(0)
+        for other in cutlass.range_constexpr(num_warps):
+            count = Int32(sWarp[other])
+            if other < warp:
+                start = start + count
+            total = total + count
+        return start, total
+
+    @cute.jit
+    def _rows(
+        self,
+        sStart: cute.Tensor,
+        sCounts: cute.Tensor,
+        ranked: list,
+        num_experts: Int32,
+    ) -> list:
+        """Row of each of the lane's slots, -1 for none."""
+        warp = cute.arch.thread_idx()[0] // WARP
+        rows = []
+        for i in cutlass.range_constexpr(self.config.slots_per_thread):
+            row = Int32(-1)
+            expert, rank = ranked[i] & COUNTER_MASK, ranked[i] >> COUNTER_BITS
+            if expert < num_experts:
+                before = Int32(Uint16(sCounts[warp, expert]))
+                row = Int32(sStart[expert]) + before + rank
+            rows.append(row)
+        return rows
+
+    @cute.jit
+    def _write(
+        self,
+        smem,
+        mTokens: cute.Tensor,
+        mRows: cute.Tensor,
+        rows: list,
+        total: Int32,
+        top_k: Int32,
+    ):
+        config = self.config
+        num_slots = Int32(mRows.shape[0])
+        first = self._first_slot()
+        # One CTA has all rows: they leave in order, instead of a sector each.
+        staged = cutlass.const_expr(config.stage == "whole")
+        if cutlass.const_expr(staged):
+            sTokens = smem.allocate_tensor(Int32, cute.make_layout(config.num_slots))
+        for i in cutlass.range_constexpr(config.slots_per_thread):
+            slot = first + i * WARP
+            if slot < num_slots:
+                mRows[slot] = rows[i]
+            if rows[i] >= 0:
+                token = Int32(Uint32(slot) // Uint32(top_k))
+                if cutlass.const_expr(staged):
+                    sTokens[rows[i]] = token
+                else:
+                    mTokens[rows[i]] = token
+        if cutlass.const_expr(staged):
+            cute.arch.sync_threads()
+        first_row = cute.arch.block_idx()[0] * config.num_slots + cute.arch.thread_idx()[0]
+        for i in cutlass.range_constexpr(config.slots_per_thread):
+            row = first_row + i * config.threads
+            if cutlass.const_expr(staged):
+                if row < total:
+                    mTokens[row] = Int32(sTokens[row])
+            if row >= total and row < num_slots:
+                mTokens[row] = Int32(-1)
+
+    def compile(self, options: str = "") -> Callable[..., None]:
+        config = self.config
+        num_slots = cute.sym_int32()
+        vector = make_fake_compact_tensor(Int32, (num_slots,), assumed_align=4)
+        index_type = _INDEX_TYPES[config.index_dtype]
+        counts = make_fake_compact_tensor(
+            Int32, (cute.sym_int32(), config.num_pairs), stride_order=(1, 0), assumed_align=4
+        )
+        offs = make_fake_compact_tensor(Int32, (cute.sym_int32(),), assumed_align=4)
+        places = config.stage != "count"
+        return cute.compile(
+            self,
+            make_fake_compact_tensor(
+                index_type, (num_slots,), assumed_align=config.index_dtype.itemsize
+            ),
+            None if config.stage == "whole" else counts,
+            offs if places else None,
+            vector if places else None,
+            vector if places else None,
+            Int32(1),
+            Int32(1),
+            Int32(1),
+            make_fake_stream(use_tvm_ffi_env_stream=True),
+            options=f"--enable-tvm-ffi {options}",
+        )
+
+
+def build(config: SortConfig, options: str = "") -> Callable[..., None]:
+    """Compile for ``CUTE_DSL_ARCH`` or the present GPU; called with torch tensors."""
+    return SortKernel(config).compile(options)
+
+
+def launch_sort(
+    *,
+    top_k_index: Tensor,
+    offs: Tensor,
+    token_of_row: Tensor,
+    row_of_slot: Tensor,
+    get_compiled: GetCompiled,
+) -> None:
+    """offs, token_of_row, row_of_slot = sort_by_expert(top_k_index, E), all written whole.
+
+    top_k_index: (T, top_k) int32 or int64, contiguous, T * top_k from 1 to ``MAX_SLOTS``.
+    offs: (E,), token_of_row: (T * top_k,), row_of_slot: (T, top_k), int32, contiguous.
+    get_compiled: from a ``SortConfig`` to what ``build`` returns for it.
+    """
+    index, (num_experts,) = top_k_index.view(-1), offs.shape
+    num_slots, top_k = index.shape[0], top_k_index.shape[1]
+    if num_experts > MAX_EXPERTS:
+        raise ValueError(f"num_experts: the kernel takes at most {MAX_EXPERTS}, got {num_experts}")
+    if num_slots > MAX_SLOTS:
+        raise ValueError(f"top_k_index: the kernel takes {MAX_SLOTS} slots, got {num_slots}")
+    configs = choose_configs(num_slots, num_experts, index.dtype)
+    num_ctas = -(-num_slots // configs[0].num_slots)
+    counts = None
+    if len(configs) > 1:
+        counts = index.new_empty((num_ctas, configs[0].num_pairs), dtype=torch.int32)
+    outputs = (offs, token_of_row, row_of_slot.view(-1))
+    for config in configs:
+        written = (None, None, None) if config.stage == "count" else outputs
+        get_compiled(config)(index, counts, *written, num_experts, top_k, num_ctas)
