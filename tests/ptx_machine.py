@@ -241,7 +241,7 @@ class _Cta:
         opcode, kind = instruction.opcode, instruction.opcode[-1]
         target, sources = instruction.operands[0], instruction.operands[1:]
         if opcode[0] == "mov":
-            return self._move(target, sources[0])
+            return self._move(target, sources[0], _bits(kind) // 2)
         if opcode[0] in ("shfl", "match"):
             self._whole_warps(active)
             return self._across_lanes(opcode, self._read(sources[0]), sources)
@@ -278,11 +278,11 @@ class _Cta:
         operation = _ARITHMETIC.get(opcode[0]) or _LOGIC[opcode[0]]
         return _truncate(operation(operands[0], operands[1]), bits)
 
-    def _move(self, target: str, source: str) -> Values | list[Values]:
-        half = np.uint64(16)
+    def _move(self, target: str, source: str, half_bits: int) -> Values | list[Values]:
+        half = np.uint64(half_bits)
         if target.startswith("{"):
             value = self._read(source)
-            return [_truncate(value, 16), value >> half]
+            return [_truncate(value, half_bits), value >> half]
         if source.startswith("{"):
             low, high = (self._read(name) for name in re.findall(r"[%\w.]+", source))
             return low | (high << half)

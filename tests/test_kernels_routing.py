@@ -64,7 +64,9 @@ def config_id(config: Any) -> str:
 
 def build(config: Any, options: str = "") -> Any:
     modules = {SortConfig: sort_slots, PermuteConfig: permute_rows, CombineConfig: combine_rows}
-    return modules[type(config)].build(config, options)
+    # Named here too: the DSL may have been imported, and have read the environment, before.
+    arch = "" if torch.cuda.is_available() else "--gpu-arch sm_90a "
+    return modules[type(config)].build(config, arch + options)
 
 
 # --- Compiled without a GPU -------------------------------------------------------------------
