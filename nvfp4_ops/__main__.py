@@ -15,6 +15,9 @@ import nvfp4_ops
 from nvfp4_ops.checkpoint.inspect import CheckpointReport, Range, inspect_checkpoint
 from nvfp4_ops.checkpoint.quantize import EXPERTS_ONLY, quantize_checkpoint
 
+MAX_PROBLEMS = 20
+"""Shown below the table."""
+
 
 def _version(package: str) -> str:
     try:
@@ -72,8 +75,11 @@ def print_report(report: CheckpointReport) -> None:
     console.print(table)
     for scheme, number in report.linear_layers.items():
         console.print(f"{number} other linear layers: {scheme}")
-    for problem in report.all_problems():
+    problems = report.all_problems()
+    for problem in problems[:MAX_PROBLEMS]:
         console.print(f"refused: {problem}", markup=False, highlight=False, soft_wrap=True)
+    if len(problems) > MAX_PROBLEMS:
+        console.print(f"and {len(problems) - MAX_PROBLEMS} more; --json has them all")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nvfp4_ops.checkpoint.config import read_model_config, read_producer
 from nvfp4_ops.checkpoint.experts import INTERLEAVED, Experts, find_experts, find_prefixes
-from nvfp4_ops.checkpoint.index import CheckpointError, TensorIndex, TensorInfo
+from nvfp4_ops.checkpoint.index import FLOAT_DTYPES, CheckpointError, TensorIndex, TensorInfo
 from nvfp4_ops.checkpoint.linear import INPUT_SCALE_SUFFIXES, LinearTensors
 from nvfp4_ops.checkpoint.load import Module, fill
 from nvfp4_ops.checkpoint.scheme import Scheme
@@ -80,6 +80,9 @@ class Checkpoint:
         return next(iter(schemes), None)
 
     def _leaf_scheme(self, module: str) -> Scheme | None:
+        own = [name for name in self.index.under(module) if name.rpartition(".")[0] == module]
+        if all(self.index.info(name).dtype in FLOAT_DTYPES for name in own):
+            return None
         stored = self._stored_quantized(module)
         scheme = self.producer.scheme(module)
         if stored and scheme is None:
@@ -90,12 +93,16 @@ class Checkpoint:
         return scheme if stored else None
 
     def _stored_quantized(self, module: str) -> bool:
-        names = (
-            f"{module}.{self.producer.packed_name}",
-            f"{module}.gate_up_proj",
-            f"{module}.gate_up_proj_blocks",
+        """By its codes or, so that reading says what is wrong with the codes, its block scales."""
+        packed = (f"{module}.{self.producer.packed_name}", f"{module}.gate_up_proj")
+        dtypes_of = {
+            **dict.fromkeys((*packed, f"{module}.gate_up_proj_blocks"), (torch.uint8,)),
+            f"{module}.weight_scale": (torch.float8_e4m3fn, torch.uint8),
+        }
+        return any(
+            name in self.index and self.index.info(name).dtype in dtypes
+            for name, dtypes in dtypes_of.items()
         )
-        return any(n in self.index and self.index.info(n).dtype == torch.uint8 for n in names)
 
     def load_linear(self, prefix: str, device: torch.device | str | None = None) -> LinearTensors:
         """The tensors of one quantized linear layer.

@@ -33,6 +33,8 @@ _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
 }
 
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 
 class CheckpointError(ValueError):
     """A checkpoint that can not be loaded as it is; says which file and tensor, and what to do."""
@@ -44,6 +46,12 @@ class TensorInfo(NamedTuple):
     file: str
     dtype: torch.dtype | str
     shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its data; a dtype that torch lacks counts one byte an element."""
+        itemsize = self.dtype.itemsize if isinstance(self.dtype, torch.dtype) else 1
+        return torch.Size(self.shape).numel() * itemsize
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
-from nvfp4_ops.checkpoint.index import CheckpointError, TensorIndex
+from nvfp4_ops.checkpoint.index import FLOAT_DTYPES, CheckpointError, TensorIndex
 from nvfp4_ops.checkpoint.scheme import Scheme
 from nvfp4_ops.weight import NVFP4Weight
 
@@ -124,7 +124,7 @@ def check_bias(index: TensorIndex, name: str, shape: tuple[int, ...]) -> torch.d
     """The dtype of a bias, bf16, fp16 or fp32, or None where there is none."""
     if name not in index:
         return None
-    index.check(name, (torch.bfloat16, torch.float16, torch.float32), shape)
+    index.check(name, FLOAT_DTYPES, shape)
     dtype = index.info(name).dtype
     assert isinstance(dtype, torch.dtype)
     return dtype

@@ -22,10 +22,12 @@ from nvfp4_ops import format as nvfp4
 from nvfp4_ops.checkpoint.config import HF_CONFIG, MODELOPT_CONFIG, read_model_config
 from nvfp4_ops.checkpoint.experts import INTERLEAVED, STACKED_NAMES
 from nvfp4_ops.checkpoint.index import (
+    FLOAT_DTYPES,
     SAFETENSORS_FILE,
     SAFETENSORS_INDEX,
     CheckpointError,
     TensorIndex,
+    TensorInfo,
     open_file,
     read_json,
 )
@@ -41,7 +43,6 @@ MAX_SHARD_BYTES = 4 << 30
 # Layers that other engines run as one and give one global scale, as ModelOpt's export does.
 FUSED = (("gate_proj", "up_proj"), ("w1", "w3"), ("q_proj", "k_proj", "v_proj"))
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _PLAN_FILE = "quantize_plan.json"
 _TEMPORARY = ".tmp"
 _WEIGHT_FILES = re.compile(r".*\.(safetensors|bin|pt|pth|gguf|h5|msgpack|onnx)$|.*\.index\.json$")
@@ -87,7 +88,7 @@ def quantize_checkpoint(
     partial = destination.with_name(f"{destination.name}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     _begin(partial, plan.fingerprint(index, input_amax))
-    weight_map: dict[str, str] = {}
+    written: dict[str, TensorInfo] = {}
     files = _shard_files(len(plan.shards))
     items = track(plan.shards, progress, "quantize")
     for file, names in zip(files, items, strict=True):
@@ -96,9 +97,10 @@ def quantize_checkpoint(
             for name in names:
                 tensors |= _convert(index, plan, name, input_amax, device)
             _save(tensors, partial / file)
-        weight_map |= dict.fromkeys(open_file(partial / file)[1], file)
+        written |= open_file(partial / file)[1]
     if len(files) > 1:
-        size = sum((partial / file).stat().st_size for file in files)
+        size = sum(info.num_bytes for info in written.values())
+        weight_map = {name: info.file for name, info in sorted(written.items())}
         content = {"metadata": {"total_size": size}, "weight_map": weight_map}
         _write_json(partial / SAFETENSORS_INDEX, content)
     _write_configs(Path(source), partial, plan.excluded(index), static=input_amax is not None)
@@ -164,7 +166,7 @@ def _plan(index: TensorIndex, include: Sequence[str], max_shard_bytes: int) -> _
 
 def _check_source(index: TensorIndex, name: str, k_dimension: int) -> None:
     info = index.info(name)
-    if info.dtype not in _FLOATS:
+    if info.dtype not in FLOAT_DTYPES:
         raise CheckpointError(
             f"{index.where(name)} must be bf16, fp16 or fp32 to be quantized, got {info.dtype}; "
             "convert the checkpoint first, or leave the module out of include"
@@ -188,10 +190,10 @@ def _check_stacked(index: TensorIndex, name: str) -> None:
 
 def _result_bytes(index: TensorIndex, name: str, *, quantized: bool) -> int:
     info = index.info(name)
+    if not quantized:
+        return info.num_bytes
     num_elements = torch.Size(info.shape).numel()
-    if quantized:
-        return num_elements // nvfp4.CODES_PER_BYTE + num_elements // nvfp4.BLOCK_SIZE
-    return num_elements * (info.dtype.itemsize if isinstance(info.dtype, torch.dtype) else 1)
+    return num_elements // nvfp4.CODES_PER_BYTE + num_elements // nvfp4.BLOCK_SIZE
 
 
 def _convert(
