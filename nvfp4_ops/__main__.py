@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -99,24 +100,42 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WILDCARD",
         help="names of the linear modules to quantize (default: %(default)s)",
     )
-    quantize.add_argument(
+    scales = quantize.add_mutually_exclusive_group()
+    scales.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="TEXT",
+        help="run the model on this file, a text a line, for static input scales",
+    )
+    scales.add_argument(
         "--input-amax",
         type=Path,
         metavar="JSON",
         help="{module: largest magnitude of its input}, for static input scales",
     )
-    quantize.add_argument("--device", default="cpu", help="where to quantize (default: cpu)")
+    quantize.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status, 1 if a checkpoint is refused."""
-    args = _parser().parse_args(arguments)
+def _input_amax(args: argparse.Namespace) -> dict[str, float] | None:
+    if args.input_amax:
+        amax: dict[str, float] = json.loads(args.input_amax.read_text(encoding="utf-8"))
+        return amax
+    if args.calibrate:
+        from nvfp4_ops.huggingface import calibrate_checkpoint
+
+        texts = filter(None, args.calibrate.read_text(encoding="utf-8").splitlines())
+        calibrated: dict[str, float] = calibrate_checkpoint(args.source, texts, device=args.device)
+        return calibrated
+    return None
+
+
+def _run(args: argparse.Namespace) -> int:
     if args.command == "info":
         info()
         return 0
     # A bar is for people: none where the output goes to a file.
-    progress = sys.stderr.isatty()
+    progress = sys.stderr.isatty() and find_spec("tqdm") is not None
     if args.command == "inspect":
         report = inspect_checkpoint(args.directory, progress=progress)
         if args.json:
@@ -124,19 +143,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print_report(report)
         return 1 if report.all_problems() else 0
-    try:
-        quantize_checkpoint(
-            args.source,
-            args.destination,
-            include=args.include,
-            input_amax=args.input_amax and json.loads(args.input_amax.read_text()),
-            device=args.device,
-            progress=progress,
-        )
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
+    quantize_checkpoint(
+        args.source,
+        args.destination,
+        include=args.include,
+        input_amax=_input_amax(args),
+        device=args.device,
+        progress=progress,
+    )
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status, 1 if a checkpoint is refused."""
+    try:
+        return _run(_parser().parse_args(arguments))
+    except ImportError as error:
+        print(f"{error}: pip install 'nvfp4-ops[cli,hf]'", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

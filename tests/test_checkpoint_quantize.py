@@ -1,8 +1,10 @@
 """quantize_checkpoint: ModelOpt's bytes, resumed after an interruption, refused by name."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -339,3 +341,50 @@ def test_input_amax_refuses_what_it_can_not_name() -> None:
         input_amax(NVFP4MoE(32, 16, 2, activation="relu2", gated=False), PREFIX)
     with pytest.raises(ValueError, match=r"needs gate_up_proj\.input_scale"):
         input_amax(NVFP4MoE(32, 16, 2), PREFIX)
+
+
+def test_quantize_command_calibrates(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text goes to huggingface.calibrate_checkpoint line by line, its amax to the scales."""
+    calls: list[tuple[Any, ...]] = []
+
+    def calibrate_checkpoint(directory: Path, texts: Any, *, device: str) -> dict[str, float]:
+        calls.append((directory, list(texts), device))
+        modules = load_file(directory / "model.safetensors")
+        return {name.removesuffix(".weight"): 2.688 for name in modules}
+
+    huggingface = ModuleType("nvfp4_ops.huggingface")
+    monkeypatch.setattr(huggingface, "calibrate_checkpoint", calibrate_checkpoint, raising=False)
+    monkeypatch.setitem(sys.modules, huggingface.__name__, huggingface)
+    (tmp_path / "text.txt").write_text("one\n\ntwo\n")
+    arguments = ["--calibrate", str(tmp_path / "text.txt")]
+    assert main(["quantize", str(source), str(tmp_path / "q"), *arguments]) == 0
+    assert calls == [(source, ["one", "two"], "cpu")]
+    moe = load_experts(tmp_path / "q", PREFIX, activation_scale="static")
+    torch.testing.assert_close(moe.down_proj.input_scale, torch.full((4,), 0.001))
+
+
+def test_command_says_which_packages_it_lacks(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    assert main(["inspect", str(data / "ct_qwen3_moe")]) == 1
+    assert "pip install 'nvfp4-ops[cli,hf]'" in capsys.readouterr().err
+
+
+def test_examples_run(
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "examples")
+    import load_experts as load_example
+    import quantize_checkpoint as quantize_example
+
+    quantize_example.main(str(source), str(tmp_path / "q"))
+    assert f"{PREFIX}: 4 experts, w4a16_nvfp4" in capsys.readouterr().out
+    for arguments, hidden in (((), 128), ((str(tmp_path / "q"),), 48)):
+        load_example.main(*arguments)
+        assert f"(4, {hidden}) -> (4, {hidden})" in capsys.readouterr().out
