@@ -6,6 +6,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 import nvfp4_ops
 from nvfp4_ops.checkpoint.inspect import CheckpointReport, Range, inspect_checkpoint
-from nvfp4_ops.checkpoint.quantize import EXPERTS_ONLY, quantize_checkpoint
+from nvfp4_ops.checkpoint.quantize import EXPERTS_ONLY, quantize_checkpoint, write_json
 
 MAX_PROBLEMS = 20
 """Shown below the table."""
@@ -117,17 +118,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _input_amax(args: argparse.Namespace) -> dict[str, float] | None:
-    if args.input_amax:
-        amax: dict[str, float] = json.loads(args.input_amax.read_text(encoding="utf-8"))
-        return amax
-    if args.calibrate:
-        from nvfp4_ops.huggingface import calibrate_checkpoint
+def _amax_file(destination: Path) -> Path:
+    """Where calibrated values are until the destination is complete."""
+    return destination.with_name(f"{destination.name}.input_amax.json")
 
-        texts = filter(None, args.calibrate.read_text(encoding="utf-8").splitlines())
-        calibrated: dict[str, float] = calibrate_checkpoint(args.source, texts, device=args.device)
-        return calibrated
-    return None
+
+def _input_amax(args: argparse.Namespace) -> dict[str, float] | None:
+    amax: dict[str, float]
+    if args.input_amax:
+        amax = json.loads(args.input_amax.read_text(encoding="utf-8"))
+        return amax
+    if not args.calibrate:
+        return None
+    # An interrupted run goes on only with the very same values.
+    cache = _amax_file(args.destination)
+    text = args.calibrate.read_text(encoding="utf-8")
+    key = [str(args.source.resolve()), sha256(text.encode()).hexdigest()]
+    if cache.exists():
+        stored = json.loads(cache.read_text(encoding="utf-8"))
+        if stored["key"] == key:
+            amax = stored["input_amax"]
+            return amax
+    from nvfp4_ops.huggingface import calibrate_checkpoint
+
+    amax = calibrate_checkpoint(args.source, filter(None, text.splitlines()), device=args.device)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    write_json(cache, {"key": key, "input_amax": amax})
+    return amax
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -143,6 +160,8 @@ def _run(args: argparse.Namespace) -> int:
         else:
             print_report(report)
         return 1 if report.all_problems() else 0
+    if args.destination.exists():
+        raise ValueError(f"destination: {args.destination} exists already")
     quantize_checkpoint(
         args.source,
         args.destination,
@@ -151,6 +170,7 @@ def _run(args: argparse.Namespace) -> int:
         device=args.device,
         progress=progress,
     )
+    _amax_file(args.destination).unlink(missing_ok=True)
     return 0
 
 

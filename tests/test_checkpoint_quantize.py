@@ -359,10 +359,26 @@ def test_quantize_command_calibrates(
     monkeypatch.setitem(sys.modules, huggingface.__name__, huggingface)
     (tmp_path / "text.txt").write_text("one\n\ntwo\n")
     arguments = ["--calibrate", str(tmp_path / "text.txt")]
-    assert main(["quantize", str(source), str(tmp_path / "q"), *arguments]) == 0
-    assert calls == [(source, ["one", "two"], "cpu")]
+    command = ["quantize", str(source), str(tmp_path / "q"), *arguments]
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 0)
+        with pytest.raises(Interrupted):
+            main(command)
+    assert main(command) == 0
+    assert calls == [(source, ["one", "two"], "cpu")], "once for both runs"
+    assert main(command) == 1, "q exists"
+    assert not list(tmp_path.glob("*.json"))
     moe = load_experts(tmp_path / "q", PREFIX, activation_scale="static")
     torch.testing.assert_close(moe.down_proj.input_scale, torch.full((4,), 0.001))
+    (tmp_path / "text.txt").write_text("three")
+    (tmp_path / "q").rename(tmp_path / "r")
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 0)
+        with pytest.raises(Interrupted):
+            main(command)
+    (tmp_path / "text.txt").write_text("four")
+    assert main(command) == 0
+    assert [texts for _, texts, _ in calls[1:]] == [["three"], ["four"]], "another calibration"
 
 
 def test_command_says_which_packages_it_lacks(

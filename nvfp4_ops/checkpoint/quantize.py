@@ -105,7 +105,7 @@ def quantize_checkpoint(
         size = sum(info.num_bytes for info in written.values())
         weight_map = {name: info.file for name, info in sorted(written.items())}
         content = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        _write_json(partial / SAFETENSORS_INDEX, content)
+        write_json(partial / SAFETENSORS_INDEX, content)
     _write_configs(Path(source), partial, plan.excluded(index), static=input_amax is not None)
     partial.rename(destination)
     (destination / _PLAN_FILE).unlink()
@@ -275,7 +275,7 @@ def _begin(partial: Path, fingerprint: str) -> None:
     if not path.exists():
         if any(file.suffix != _TEMPORARY for file in partial.iterdir()):
             raise ValueError(f"{partial}: is in the way; delete it")
-        _write_json(path, {"fingerprint": fingerprint})
+        write_json(path, {"fingerprint": fingerprint})
     elif read_json(path).get("fingerprint") != fingerprint:
         raise ValueError(
             f"{partial}: was begun with other options or another source; delete it to start anew"
@@ -298,7 +298,8 @@ def _save(tensors: dict[str, Tensor], path: Path) -> None:
     temporary.replace(path)
 
 
-def _write_json(path: Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
+    """Write a file that is there whole or not at all."""
     temporary = path.with_name(path.name + _TEMPORARY)
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     temporary.replace(path)
@@ -313,11 +314,11 @@ def _write_configs(source: Path, target: Path, excluded: Iterable[str], *, stati
     import nvfp4_ops
 
     producer = {"name": nvfp4_ops.__name__, "version": nvfp4_ops.__version__}
-    _write_json(target / MODELOPT_CONFIG, {"producer": producer, "quantization": config})
+    write_json(target / MODELOPT_CONFIG, {"producer": producer, "quantization": config})
     model_config = read_model_config(source)
     if model_config:
         model_config["quantization_config"] = {
             **hf_quantization_config(config),
             "producer": producer,
         }
-        _write_json(target / HF_CONFIG, model_config)
+        write_json(target / HF_CONFIG, model_config)
