@@ -403,6 +403,20 @@ def test_load_experts_never_holds_two_copies(
         assert torch.equal(projection.input_scale, expected.input_scale)
 
 
+def test_load_experts_under_the_defaults_of_others(tmp_path: Path, moe: NVFP4MoE) -> None:
+    """transformers sets default dtypes and devices while it builds a model."""
+    write_checkpoint(tmp_path, expert_tensors(moe, PREFIX))
+    with torch.inference_mode():
+        assert_same_state(load_experts(tmp_path, PREFIX), moe)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            loaded = load_experts(tmp_path, PREFIX, device="cpu", activation_scale="static")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_state(loaded, moe)
+
+
 @pytest.mark.gpu
 def test_load_experts_on_a_gpu_never_holds_two_copies(tmp_path: Path) -> None:
     """Same bytes as through the CPU, and beside the result only the experts being read."""

@@ -35,10 +35,13 @@ def fill(moe: NVFP4MoE, experts: Experts, device: torch.device | str | None) -> 
     # Prepacking takes several times the memory of an expert: one at a time.
     prepacking = Lock() if moe.down_proj.prepacked else nullcontext()
 
+    # Threads do not inherit it, and what it has allocated can be written in it alone.
+    inference_mode = torch.is_inference_mode_enabled()
+
     def copy(expert: int) -> list[Tensor]:
         stored = experts.read(expert)
         *to_hidden, down = (segment.to(target) for segment in stored)
-        with prepacking:
+        with torch.inference_mode(inference_mode), prepacking:
             moe.first_proj.copy_expert(expert, [s.weight for s in to_hidden], _bias(to_hidden))
             moe.down_proj.copy_expert(expert, [down.weight], down.bias)
         return [s.input_scale for s in stored if s.input_scale is not None]
@@ -49,7 +52,7 @@ def fill(moe: NVFP4MoE, experts: Experts, device: torch.device | str | None) -> 
     finally:
         pool.shutdown(cancel_futures=True)
     if experts.has_input_scale:
-        scales_ES = torch.tensor(input_scales, dtype=torch.float32)
+        scales_ES = torch.tensor(input_scales, dtype=torch.float32, device="cpu")
         moe.first_proj.set_input_scale(scales_ES[:, :-1].squeeze(1))
         moe.down_proj.set_input_scale(scales_ES[:, -1])
 
