@@ -203,14 +203,14 @@ def test_grouped_mm_compiles_to_register_operands_without_spills(
     config: Any, tmp_path: Path
 ) -> None:
     pytest.importorskip("tvm_ffi")
-    from test_kernels_quantize import frame_bytes
+    from kernel_checks import frames_and_registers
 
     from nvfp4_ops.kernels import grouped_mm_sm90
 
     compiled = grouped_mm_sm90.build(config, f"--keep-ptx --keep-cubin --dump-dir {tmp_path}")
     ptx = compiled.__ptx__
     (cubin,) = (path.read_bytes() for path in tmp_path.glob("*.cubin"))
-    frames = list(frame_bytes(cubin))
+    frames, _ = frames_and_registers(tmp_path)
     assert frames
     assert not any(frames)
     assert ".local" not in ptx

@@ -22,7 +22,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Uint32
 from cutlass.cute.runtime import from_dlpack
-from test_kernels_quantize import frame_bytes
+from kernel_checks import frames_and_registers
 
 from nvfp4_ops.kernels import prepack_kernel_sm90 as kernel
 from nvfp4_ops.kernels import prepack_sm90
@@ -148,9 +148,7 @@ def test_prepack_kernels_compile_to_wide_accesses_in_registers(
 ) -> None:
     compiled = kernel.build(config, f"--keep-ptx --keep-cubin --dump-dir {tmp_path}")
     ptx = compiled.__ptx__
-    frames = [
-        size for cubin in tmp_path.glob("*.cubin") for size in frame_bytes(cubin.read_bytes())
-    ]
+    frames, _ = frames_and_registers(tmp_path)
     assert frames
     assert not any(frames)
     assert ".local" not in ptx

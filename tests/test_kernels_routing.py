@@ -20,8 +20,8 @@ if not torch.cuda.is_available():
 pytest.importorskip("cutlass")
 pytest.importorskip("tvm_ffi")
 
+from kernel_checks import frames_and_registers
 from ptx_machine import Kernel, Memory
-from test_kernels_quantize import frame_bytes
 
 from nvfp4_ops.kernels import combine_rows, permute_rows, sort_slots
 from nvfp4_ops.kernels.combine_rows import CombineConfig
@@ -78,9 +78,7 @@ def build(config: Any, options: str = "") -> Any:
 )
 def test_routing_kernels_compile_into_registers(config: Any, tmp_path: Path) -> None:
     compiled = build(config, f"--keep-ptx --keep-cubin --dump-dir {tmp_path}")
-    frames = [
-        size for cubin in tmp_path.glob("*.cubin") for size in frame_bytes(cubin.read_bytes())
-    ]
+    frames, _ = frames_and_registers(tmp_path)
     assert frames == [0]
     ptx = compiled.__ptx__
     # Dependents may start once this kernel's own wait is over, never before.
