@@ -1,6 +1,7 @@
 """Configurations of the Hopper grouped mm and which one serves which sizes. Imports no DSL."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 MAX_TILE_TOKENS = 160
@@ -12,8 +13,10 @@ _WIDTHS = {
     (16, 4): (8, 16),
     (32, 4): (16, 32),
     (96, 3): (64, 96),
+    (112, 2): (64, 112),
     (128, 2): (64, 96, 128),
     (144, 2): (96, 144),
+    (160, 2): (96, 160),
 }
 
 
@@ -94,30 +97,63 @@ _LADDER = (
     (36, dict(tile_tokens=48, warpgroups=4, stages=6)),
     (50, dict(tile_tokens=64, warpgroups=4, stages=5)),
     (76, dict(tile_tokens=96, warpgroups=3, stages=4)),
-    (132, dict(tile_tokens=144, warpgroups=2, stages=3, cluster=2)),
-    (1 << 30, dict(tile_tokens=128, warpgroups=2, stages=4, cluster=2)),
 )
+# Beyond those the tensor cores bound it, and the tile is the best whose padding costs least.
+_LARGE_TILES = (
+    dict(tile_tokens=112, warpgroups=2, stages=4, cluster=2),
+    dict(tile_tokens=128, warpgroups=2, stages=4, cluster=2),
+    dict(tile_tokens=144, warpgroups=2, stages=3, cluster=2),
+    dict(tile_tokens=160, warpgroups=2, stages=3, cluster=2),
+)
+# Microseconds of 64 experts of 2048 x 2048 with as many rows each, on an H200.
+_TIME_OF_WIDTH = {64: 77, 96: 86, 112: 93, 128: 102, 144: 113, 160: 122}
+# Quartiles of the normal distribution, in the middle of each quarter.
+_SCATTER = (-1.15, -0.32, 0.32, 1.15)
 
 # (tile_tokens, most tiles of 64 rows, stages) up to which splitting K beats tiles of 256 rows: they
 # leave multiprocessors idle, at the end if not at once. Measured on an H200, 132 multiprocessors.
-_SPLIT = ((8, 1300, 6), (16, 528, 4))
+_SPLIT = ((8, 1600, 6), (16, 528, 4))
 _SPLIT_COLUMN_BLOCKS = 8
+# With fewer columns than that, smaller tiles: about one wave of them, or a few.
+_FEW_TILES = 528
+_FEW_SHORT = dict(warpgroups=1, stages=6, blocks_per_sm=2)
+_SHORT = dict(warpgroups=3, stages=6, blocks_per_sm=2)
 
 
+def _expected_time(config: GroupedMmConfig, rows: int) -> float:
+    """Of an expert with ``rows`` on average, in units of ``_TIME_OF_WIDTH``."""
+    total = 0.0
+    for deviation in _SCATTER:
+        actual = round(rows + deviation * rows**0.5)
+        full, rest = divmod(actual, config.tile_tokens)
+        total += full * _TIME_OF_WIDTH[config.tile_tokens]
+        if rest:
+            total += _TIME_OF_WIDTH[next(width for width in config.widths if rest <= width)]
+    return total / len(_SCATTER)
+
+
+def _choose_tile(rows_per_expert: int) -> GroupedMmConfig:
+    for limit, tile in _LADDER:
+        if rows_per_expert <= limit:
+            return GroupedMmConfig(**tile)
+    large = [GroupedMmConfig(**tile) for tile in _LARGE_TILES]
+    return min(large, key=lambda config: _expected_time(config, rows_per_expert))
+
+
+@lru_cache(maxsize=4096)
 def choose_config(
     num_rows: int, num_experts: int, row_blocks: int, column_blocks: int, **epilogue: Any
 ) -> GroupedMmConfig:
     """Configuration for static sizes: the tile that fits the rows of an evenly loaded expert."""
     touched = max(1, min(num_experts, num_rows))
-    rows_per_expert = -(-num_rows // touched)
-    tile = next(tile for limit, tile in _LADDER if rows_per_expert <= limit)
-    config = GroupedMmConfig(**tile, **epilogue)
+    config = replace(_choose_tile(-(-num_rows // touched)), **epilogue)
+    tiles = touched * row_blocks
     for tokens, most_tiles, stages in _SPLIT:
-        if config.tile_tokens == tokens and touched * row_blocks <= most_tiles:
+        if config.tile_tokens == tokens and tiles <= most_tiles:
             if column_blocks >= _SPLIT_COLUMN_BLOCKS:
                 return replace(config, split_k=True, stages=stages)
             if tokens == 8:
-                return replace(config, warpgroups=1, stages=6, blocks_per_sm=2)
+                return replace(config, **(_FEW_SHORT if tiles <= _FEW_TILES else _SHORT))
     if config.tile_tokens > 96 and config.out_fp32 and config.row_scale:
         # Their addresses leave no registers for more tokens.
         return replace(config, tile_tokens=96, warpgroups=2, stages=4)

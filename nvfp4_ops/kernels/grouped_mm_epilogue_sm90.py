@@ -73,9 +73,14 @@ def _line_bytes(config: GroupedMmConfig) -> int:
     return columns_of_block(config) * 2 + VECTOR_BYTES
 
 
+def staged_tokens(config: GroupedMmConfig) -> int:
+    """Tokens that are transposed at once: large tiles leave no room for all of theirs."""
+    return config.tile_tokens if config.tile_tokens <= 144 else 80
+
+
 def staging_bytes(config: GroupedMmConfig) -> int:
     """Shared memory in which a warpgroup transposes its part of the output."""
-    return 0 if config.out_fp32 else config.tile_tokens * _line_bytes(config)
+    return 0 if config.out_fp32 else staged_tokens(config) * _line_bytes(config)
 
 
 class Epilogue:
@@ -90,7 +95,7 @@ class Epilogue:
         self.width = width
         self.columns = columns_of_block(config)
         self.line_bytes = _line_bytes(config)
-        self.max_staging_bytes = staging_bytes(config)
+        self.staged_tokens = staged_tokens(config)
         self.columns_per_warp = self.columns // 4
 
     @cute.jit
@@ -184,14 +189,14 @@ class Epilogue:
             element = element + Int64(8 * num_columns)
 
     @cute.jit
-    def _stage_bf16(self, acc, lines):
-        """Eight tokens x 8 columns a matrix, transposed into lines, four matrices at a time."""
+    def _stage_bf16(self, acc, lines, start: cutlass.Constexpr[int], stop: cutlass.Constexpr[int]):
+        """Tokens start .. stop; 8 of them x 8 columns a matrix, four matrices at a time."""
         lane, group_warp = cute.arch.lane_idx(), cute.arch.warp_idx() % 4
         values = cute.make_tensor(acc.iterator, cute.make_layout(self.width // 2))
         rows = 1 if self.config.gated else 2
         eights_at_once = 4 // rows
-        for first in cutlass.range_constexpr(0, self.width // 8, eights_at_once):
-            eights = min(eights_at_once, self.width // 8 - first)
+        for first in cutlass.range_constexpr(start // 8, stop // 8, eights_at_once):
+            eights = min(eights_at_once, stop // 8 - first)
             packed = []
             for eight in cutlass.range_constexpr(first, first + eights):
                 for r in cutlass.range_constexpr(rows):
@@ -201,7 +206,7 @@ class Epilogue:
                     )
             # Lane 8 m + i gives the address of line i of matrix m; lanes past the last repeat it.
             matrix = (lane // MATRIX_ROWS) % len(packed)
-            token = (first + matrix // rows) * 8 + lane % MATRIX_ROWS
+            token = (first + matrix // rows) * 8 + lane % MATRIX_ROWS - start
             offset = token * self.line_bytes + (matrix % rows) * VECTOR_BYTES
             address = (lines + offset + group_warp * (self.columns_per_warp * 2)).toint()
             registers = ", ".join(f"{{$r{i + 1}}}" for i in range(len(packed)))
@@ -216,23 +221,24 @@ class Epilogue:
         """Through shared memory: a token's columns leave as 16-byte stores side by side."""
         tid, _, _ = cute.arch.thread_idx()
         thread, num_columns = tid % WARPGROUP, arguments.num_columns
-        self._stage_bf16(acc, lines)
-        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)
         chunks = self.columns * 2 // VECTOR_BYTES
         tokens_at_once = WARPGROUP // chunks
         column = tile.block * self.columns + (thread % chunks) * 8
-        for first in cutlass.range_constexpr(0, self.width, tokens_at_once):
-            token = first + thread // chunks
-            if token < tile.num_left and token < self.width and column < num_columns:
-                chunk = cute.make_rmem_tensor(cute.make_layout(4), Uint32)
-                load_16_bytes(
-                    lines + token * self.line_bytes + (thread % chunks) * VECTOR_BYTES, chunk
-                )
-                row = Int64(tile.first_row + token)
-                address = arguments.out.toint() + (row * Int64(num_columns) + Int64(column)) * 2
-                cute.autovec_copy(chunk, _vector_at(address))
-        # The next tile's lines may not overtake these loads.
-        cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)
+        for start in cutlass.range_constexpr(0, self.width, self.staged_tokens):
+            stop = min(self.width, start + self.staged_tokens)
+            self._stage_bf16(acc, lines, start, stop)
+            cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)
+            for first in cutlass.range_constexpr(start, stop, tokens_at_once):
+                token = first + thread // chunks
+                if token < tile.num_left and token < stop and column < num_columns:
+                    chunk = cute.make_rmem_tensor(cute.make_layout(4), Uint32)
+                    line = (token - start) * self.line_bytes
+                    load_16_bytes(lines + line + (thread % chunks) * VECTOR_BYTES, chunk)
+                    row = Int64(tile.first_row + token)
+                    address = arguments.out.toint() + (row * Int64(num_columns) + Int64(column)) * 2
+                    cute.autovec_copy(chunk, _vector_at(address))
+            # The lines that follow may not overtake these loads.
+            cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)
 
 
 def _vector_at(address: Int64):
