@@ -40,9 +40,9 @@ def draw_grouped_mm(document: dict[str, Any]) -> "Figure":
     flop_per_byte = [2 * count / (BITS_PER_WEIGHT / 8) for count in rows]
     roof = [min(peak, copy * intensity) for intensity in flop_per_byte]
     arithmetic.plot(rows, roof, label=f"roof, {peak:.0f} TFLOP/s", **CEILING)
-    shapes = dict.fromkeys((result["n"], result["k"]) for result in results)
-    for color, (n, k) in zip(cycle(COLORS), shapes, strict=False):
-        cases = [result for result in results if (result["n"], result["k"]) == (n, k)]
+    shapes = dict.fromkeys(map(_shape_label, results))
+    for color, shape in zip(cycle(COLORS), shapes, strict=False):
+        cases = [result for result in results if _shape_label(result) == shape]
         cases.sort(key=lambda case: case["rows_per_expert"])
         for axes, field in ((bandwidth, "tb_per_s"), (arithmetic, "tflop_per_s")):
             axes.plot(
@@ -50,16 +50,20 @@ def draw_grouped_mm(document: dict[str, Any]) -> "Figure":
                 [case[field] for case in cases],
                 marker="o",
                 color=color,
-                label=f"N = {n}, K = {k}",
+                label=shape,
             )
     for axes, unit in ((bandwidth, "TB/s"), (arithmetic, "TFLOP/s")):
         axes.set_xscale("log", base=2)
         axes.set_xticks(rows, [str(count) for count in rows])
-        axes.set_xlabel(f"rows per expert, {document['num_experts']} experts")
+        axes.set_xlabel("rows per expert")
         _finish(axes, unit)
     bandwidth.set_ylim(bottom=0)
     arithmetic.set_yscale("log")
     return figure
+
+
+def _shape_label(result: dict[str, Any]) -> str:
+    return f"{result['num_experts']} experts, N = {result['n']}, K = {result['k']}"
 
 
 def draw_quantize(document: dict[str, Any]) -> "Figure":

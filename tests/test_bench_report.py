@@ -13,10 +13,16 @@ from bench.report import Report
 GROUPED_MM: dict[str, Any] = {
     "command": "python -m bench.grouped_mm",
     "gpu": "made up",
-    "num_experts": 4,
     "ceilings": {"copy_tb_per_s": 4.0, "read_tb_per_s": 5.0, "matmul_tflop_per_s": 100.0},
     "results": [
-        {"n": n, "k": 128, "rows_per_expert": rows, "tb_per_s": tb, "tflop_per_s": tflop}
+        {
+            "num_experts": 4,
+            "n": n,
+            "k": 128,
+            "rows_per_expert": rows,
+            "tb_per_s": tb,
+            "tflop_per_s": tflop,
+        }
         # Out of order: a line must not go back.
         for n, rows, tb, tflop in [(64, 8, 2.0, 40.0), (64, 1, 3.0, 7.0), (256, 1, 3.5, 9.0)]
     ],
@@ -50,18 +56,18 @@ def test_plot_grouped_mm_draws_results_under_the_ceilings() -> None:
     pytest.importorskip("matplotlib")
     bandwidth, arithmetic = plots.draw_grouped_mm(GROUPED_MM).axes
     drawn = lines(bandwidth)
-    assert drawn["N = 64, K = 128"] == ([1, 8], [3, 2])
-    assert drawn["N = 256, K = 128"] == ([1], [3.5])
+    assert drawn["4 experts, N = 64, K = 128"] == ([1, 8], [3, 2])
+    assert drawn["4 experts, N = 256, K = 128"] == ([1], [3.5])
     assert drawn["copy 4.00 TB/s"][1] == [4, 4]
     assert drawn["read 5.00 TB/s"][1] == [5, 5]
     drawn = lines(arithmetic)
-    assert drawn["N = 64, K = 128"] == ([1, 8], [7, 40])
+    assert drawn["4 experts, N = 64, K = 128"] == ([1, 8], [7, 40])
     # A row and weight is 2 flop and 9/16 byte: 4 TB/s are 14.2 TFLOP/s at one row.
     rows, roof = drawn["roof, 100 TFLOP/s"]
     assert rows == [1, 8]
     assert roof == pytest.approx([4 * 2 / (9 / 16), 100])
     assert [text.get_text() for text in arithmetic.get_xticklabels()] == ["1", "8"]
-    assert bandwidth.get_xlabel() == "rows per expert, 4 experts"
+    assert bandwidth.get_xlabel() == "rows per expert"
 
 
 def test_plot_quantize_draws_a_bar_a_case() -> None:
