@@ -61,8 +61,15 @@ def check(out: Tensor, x: Tensor, codes: Tensor, sf: Tensor, alpha: Tensor, rows
             raise AssertionError(f"expert {expert}: relative error {error:.2e}")
 
 
-def run_case(num_experts: int, n: int, k: int, rows: int, sets: list[Tensor], raw: tuple[Tensor, Tensor],
-             bf16: list[Tensor], ceilings: Ceilings) -> Result:  # fmt: skip
+def run_case(
+    shape: tuple[int, int, int],
+    rows: int,
+    sets: list[Tensor],
+    raw: tuple[Tensor, Tensor],
+    bf16: list[Tensor],
+    ceilings: Ceilings,
+) -> Result:
+    num_experts, n, k = shape
     num_rows = num_experts * rows
     x = torch.randn(num_rows, k, device="cuda").bfloat16()
     offs = (torch.arange(num_experts, device="cuda") + 1).int() * rows
@@ -113,11 +120,12 @@ def main() -> None:
             for _ in range(2)
         ]
         for rows in ROWS_PER_EXPERT:
-            result = run_case(*shape, rows, sets, raw, bf16, ceilings)
+            result = run_case(shape, rows, sets, raw, bf16, ceilings)
             report.add(
                 result,
                 f"{num_experts}x{n}x{k} | {rows} | {result.time_us} | {result.tb_per_s} "
-                f"| {result.tflop_per_s} | {result.share_of_read:.1%} | {result.times_floor} | {result.times_bf16}",
+                f"| {result.tflop_per_s} | {result.share_of_read:.1%} | {result.times_floor} "
+                f"| {result.times_bf16}",
             )
     report.write(out)
 
