@@ -1,0 +1,62 @@
+"""load_pretrained: a transformers model from an NVFP4 checkpoint, ready to generate."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from nvfp4_ops.checkpoint import CheckpointError
+from nvfp4_ops.huggingface.quantizer import METHOD
+from nvfp4_ops.moe import ActivationScale
+
+
+def load_pretrained(
+    directory: str | Path,
+    *,
+    activation_scale: ActivationScale | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str = "auto",
+    model_class: Any = AutoModelForCausalLM,
+    **options: Any,
+) -> PreTrainedModel:
+    """Load a transformers model from an NVFP4 checkpoint.
+
+    Experts become NVFP4MoE, NVFP4 linear layers (attention, shared experts) NVFP4Linear; both
+    stream from the files to their device. All else is transformers' own. For inference.
+
+    Args:
+        directory: checkpoint by ModelOpt or llm-compressor, with config.json.
+        activation_scale: as NVFP4MoE's, of every NVFP4 module. None (weight-only) and the dynamic
+            modes fit every checkpoint, "static" needs input scales in it. See
+            ``set_activation_scale`` for changing it later.
+        device: where the model is to live; None: the CPU.
+        dtype: of everything that is not NVFP4; "auto": the config's.
+        model_class: the auto class of transformers to load with.
+        options: of ``from_pretrained``.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        CheckpointError: names the file and the tensor that is missing, wrong or not supported.
+        ValueError: a family or a flag of the experts that is not supported.
+    """
+    directory = Path(directory)
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory}: has no config.json; it must be a local directory")
+    config = options.pop("config", None) or AutoConfig.from_pretrained(directory)
+    config.quantization_config = {
+        "quant_method": METHOD,
+        "activation_scale": activation_scale,
+        "device": None if device is None else str(device),
+    }
+    model, info = model_class.from_pretrained(
+        directory, config=config, dtype=dtype, output_loading_info=True, **options
+    )
+    for problem in ("missing_keys", "mismatched_keys"):
+        if names := sorted(map(str, info[problem])):
+            some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise CheckpointError(f"{directory}: {problem.replace('_', ' ')} of the model: {some}")
+    loaded: PreTrainedModel = model
+    return loaded
