@@ -1,6 +1,6 @@
 """One projection of all experts: its NVFP4 weight, its scales, and how they are kept safe."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -118,14 +118,33 @@ class ExpertProjection(nn.Module):
     def prepacked(self) -> bool:
         return self.weight.ndim == 4
 
+    def _gains_by_prepacking(self, device: torch.device) -> bool:
+        num_experts = self.weight.shape[0]
+        return device.type == "cuda" and kernels.why_no_grouped_mm(device, num_experts) is None
+
     def prepack(self) -> None:
         """Prepack if this device's grouped mm gains by it; the canonical tensors are freed."""
-        if self.prepacked or not self.weight.is_cuda:
+        if self.prepacked or not self._gains_by_prepacking(self.weight.device):
             return
-        if kernels.why_no_grouped_mm(self.weight.device, self.weight.shape[0]) is None:
+        assert self.weight_scale is not None
+        self.weight = prepack_weight(self.weight, self.weight_scale)
+        self.weight_scale = None
+
+    def allocate(self, device: torch.device | str) -> None:
+        """Make room on ``device`` for tensors that are on meta, in the layout it gains by.
+
+        ``copy_expert`` then writes one expert after the other, and there is never more than one
+        copy of the weights.
+        """
+        assert self.weight.is_meta
+        device = torch.device(device)
+        if self._gains_by_prepacking(device):
             assert self.weight_scale is not None
             self.weight = prepack_weight(self.weight, self.weight_scale)
             self.weight_scale = None
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = torch.empty_like(buffer, device=device)
 
     def canonical(self) -> tuple[Tensor, Tensor]:
         """weight and weight_scale in canonical layout."""
@@ -147,6 +166,30 @@ class ExpertProjection(nn.Module):
         sf = self.weight_scale.view(torch.uint8)
         sf[expert, rows] = weight.block_scale.view(torch.uint8).to(sf.device)
         self.segment(self.weight_scale_2)[expert, segment] = weight.global_scale.to(sf.device)
+
+    @torch.no_grad()
+    def copy_expert(
+        self, expert: int, segments: Sequence[NVFP4Weight], bias: Tensor | None = None
+    ) -> None:
+        """Write all segments of one expert, in whichever layout the weights are, and its bias."""
+        if bias is not None:
+            assert self.bias is not None
+            self.bias[expert] = bias.to(self.bias.device)
+        if not self.prepacked:
+            for segment, weight in enumerate(segments):
+                self.copy_segment(expert, segment, weight)
+            return
+        device = self.weight.device
+        codes = torch.cat([weight.codes.to(device) for weight in segments])
+        sf_bytes = torch.cat(
+            [weight.block_scale.view(torch.uint8).to(device) for weight in segments]
+        )
+        block_scale = sf_bytes.view(torch.float8_e4m3fn)
+        self.weight[expert] = prepack_weight(codes.unsqueeze(0), block_scale.unsqueeze(0)).squeeze(
+            0
+        )
+        global_scale = torch.stack([weight.global_scale for weight in segments])
+        self.segment(self.weight_scale_2)[expert] = global_scale.to(device)
 
     def reserve_input_scale(self) -> None:
         """Make room for input scales to be loaded.
