@@ -199,7 +199,7 @@ def _candidates(module: nn.Module, gated: bool) -> list[tuple[str, float | None]
     return [(name, None) for name in GATED] + [(n, limit) for n in CLAMPED for limit in clamps]
 
 
-def _own_activation(module: nn.Module, gated: bool) -> Callable[[Tensor], Tensor]:
+def _own_activation(module: Any, gated: bool) -> Callable[[Tensor], Tensor]:
     """The module's activation, without keeping its weights alive."""
     if not gated:
         activation: Callable[[Tensor], Tensor] = module.act_fn

@@ -14,7 +14,7 @@ from nvfp4_ops.moe import NVFP4MoE
 class NVFP4Llama4Moe(Llama4TextMoe):
     """Llama4TextMoe whose ``experts`` is an NVFP4MoE; router and shared expert are its own."""
 
-    experts: NVFP4MoE
+    experts: NVFP4MoE  # type: ignore[assignment]
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         x_TD = hidden_states.reshape(-1, self.hidden_dim)

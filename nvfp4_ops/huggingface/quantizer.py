@@ -20,7 +20,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nvfp4_ops.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from nvfp4_ops.huggingface.families import ExpertsSpec
-from nvfp4_ops.huggingface.names import experts_names, linear_names
+from nvfp4_ops.huggingface.names import ModelNames
 from nvfp4_ops.huggingface.replace import find_experts, install, load_spec
 from nvfp4_ops.linear import NVFP4Linear
 from nvfp4_ops.moe import ActivationScale, check_activation_scale
@@ -115,7 +115,7 @@ class NVFP4Quantizer(HfQuantizer):
         assert plan is not None
         config = self.quantization_config
         if config.device is not None:
-            model.to(torch.device(config.device))
+            nn.Module.to(model, config.device)
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) != 1:
             raise ValueError(
@@ -138,14 +138,14 @@ class NVFP4Quantizer(HfQuantizer):
 
 def _make_plan(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> _Plan:
     plan = _Plan(checkpoint, dtype)
-    tensors = checkpoint.names()
-    for name, prefix in experts_names(model, tensors).items():
+    names, tensors = ModelNames(model), checkpoint.names()
+    for name, prefix in names.experts(tensors).items():
         if checkpoint.scheme(prefix) is not None:
             plan.experts[name] = prefix
     if plan.experts:
         specs = find_experts(model)
         plan.specs = {name: specs[name] for name in plan.experts}
-    for name, prefix in linear_names(model, tensors).items():
+    for name, prefix in names.linears(tensors).items():
         if checkpoint.scheme(prefix) is None:
             raise CheckpointError(
                 f"{checkpoint.directory}: {prefix} has scales but is not quantized in a way that "
@@ -155,16 +155,17 @@ def _make_plan(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtyp
         assert isinstance(linear, nn.Linear)
         plan.linears[name] = prefix
         plan.sizes[name] = (linear.out_features, linear.in_features)
-    _refuse_other_formats(plan)
+    _refuse_other_formats(plan, names)
     return plan
 
 
-def _refuse_other_formats(plan: _Plan) -> None:
+def _refuse_other_formats(plan: _Plan, names: ModelNames) -> None:
     """Transformers would cast such weights as if they were values."""
     loaded = tuple(f"{prefix}." for prefix in (*plan.experts.values(), *plan.linears.values()))
     for name in plan.checkpoint.names():
         dtype = plan.checkpoint.info(name).dtype
-        if dtype.itemsize == 1 and dtype != torch.bool and not name.startswith(loaded):
+        packed = isinstance(dtype, str) or (dtype.itemsize == 1 and dtype != torch.bool)
+        if packed and not name.startswith(loaded) and not names.is_dropped(name):
             raise CheckpointError(
                 f"{plan.checkpoint.directory}: {name} is {dtype}, but belongs to no NVFP4 layer "
                 "of the model: mixed formats are not supported"
@@ -184,11 +185,11 @@ def _load_modules(
     device: torch.device,
     activation_scale: ActivationScale | None,
 ) -> None:
-    for name, prefix in tqdm(plan.experts.items(), desc="NVFP4 experts", unit="layer"):
+    for name, prefix in tqdm(plan.experts.items(), **_progress("experts", plan.experts)):
         spec = plan.specs[name]
         moe = load_spec(plan.checkpoint, prefix, spec, device, activation_scale, plan.dtype)
         install(model, name, moe)
-    for name, prefix in tqdm(plan.linears.items(), desc="NVFP4 linears", unit="layer"):
+    for name, prefix in tqdm(plan.linears.items(), **_progress("linear layers", plan.linears)):
         tensors = plan.checkpoint.load_linear(prefix, device)
         linear = NVFP4Linear.from_weight(
             tensors.weight,
@@ -204,6 +205,10 @@ def _load_modules(
                 f"{plan.sizes[name]}"
             )
         model.set_submodule(name, linear.eval())
+
+
+def _progress(what: str, modules: dict[str, str]) -> dict[str, Any]:
+    return {"desc": f"NVFP4 {what}", "unit": "layer", "disable": not modules}
 
 
 def register() -> None:

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from nvfp4_ops.checkpoint import Checkpoint, open_checkpoint
 from nvfp4_ops.huggingface.families import ExpertsSpec, experts_modules, experts_spec
-from nvfp4_ops.huggingface.names import experts_names
+from nvfp4_ops.huggingface.names import ModelNames
 from nvfp4_ops.linear import NVFP4Linear
 from nvfp4_ops.moe import ActivationScale, NVFP4MoE
 from nvfp4_ops.weight import quantize_weight
@@ -24,7 +25,7 @@ def find_experts(model: nn.Module) -> dict[str, ExpertsSpec]:
 
 
 def replace_experts(
-    model: nn.Module,
+    model: PreTrainedModel,
     checkpoint: Checkpoint | str | Path | None = None,
     *,
     activation_scale: ActivationScale | None = None,
@@ -39,7 +40,7 @@ def replace_experts(
     An activation that no fused one equals runs unfused, as the model's own function.
 
     Args:
-        model: any model of transformers >= 5 whose experts follow its experts interface, or Llama 4.
+        model: of transformers, with experts that follow its experts interface, or of Llama 4.
         checkpoint: directory of an NVFP4 checkpoint, or an open one, to take the experts from; its
             names may be those of the hub. The model's experts may then be on the meta device.
         activation_scale: as NVFP4MoE's; "static" needs a checkpoint with input scales.
@@ -66,49 +67,44 @@ def replace_experts(
                 "or replace, run the model under nvfp4_ops.calibrate, then assign"
             )
         for name in specs:
-            if model.get_submodule(name).down_proj.is_meta:
+            if model.get_submodule(name).get_parameter("down_proj").is_meta:
                 raise ValueError(f"{name}: has no weights (meta device); give a checkpoint")
     else:
-        checkpoint = open_checkpoint(checkpoint)
-        prefixes = experts_names(model, checkpoint.names())
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = open_checkpoint(checkpoint)
+        prefixes = ModelNames(model).experts(checkpoint.names())
         lacking = sorted(specs.keys() - prefixes.keys())
         if lacking:
             raise ValueError(f"checkpoint: has no tensors for {', '.join(lacking)}")
     for name, spec in tqdm(specs.items(), desc="NVFP4 experts", unit="layer"):
         module = model.get_submodule(name)
-        target = device if device is not None else module.down_proj.device
+        down = module.get_parameter("down_proj")
+        target = device if device is not None else down.device
         if checkpoint is None:
             moe = quantize_experts(spec, module, target)
             moe.activation_scale = activation_scale
         else:
-            dtype = module.down_proj.dtype
-            moe = load_spec(checkpoint, prefixes[name], spec, target, activation_scale, dtype)
+            prefix = prefixes[name]
+            moe = load_spec(checkpoint, prefix, spec, target, activation_scale, down.dtype)
         install(model, name, moe)
     return list(specs)
 
 
 @torch.no_grad()
-def quantize_experts(
-    spec: ExpertsSpec, module: nn.Module, device: torch.device | str
-) -> NVFP4MoE:
-    """Quantize a float experts module expert by expert."""
-    biases = [b for name, b in module.named_parameters() if name.endswith("_bias")]
-    dtype = biases[0].dtype if biases else torch.bfloat16
-    moe = spec.build(device=device, dtype=dtype)
-    for projection, name in ((moe.first_proj, spec.first_name), (moe.down_proj, "down_proj")):
-        is_first = projection is moe.first_proj
+def quantize_experts(spec: ExpertsSpec, module: nn.Module, device: torch.device | str) -> NVFP4MoE:
+    """Quantize a float experts module expert by expert, into the layout of ``device``."""
+    weights = dict(module.named_parameters())
+    moe = spec.build(device="meta", dtype=weights["down_proj"].dtype)
+    for name, projection in moe.projections().items():
+        projection.allocate(device)
         for expert in range(spec.num_experts):
-            rows = spec.rows(module.get_parameter(name), expert).to(device)
-            for segment, part in enumerate(spec.segments(rows) if is_first else (rows,)):
-                projection.copy_segment(expert, segment, quantize_weight(part.contiguous()))
-        if spec.bias:
-            assert projection.bias is not None
-            for target, source in zip(
-                projection.bias, module.get_parameter(f"{name}_bias"), strict=True
-            ):
-                parts = spec.segments(source) if is_first else (source,)
-                target.copy_(torch.cat(parts))
-        projection.prepack()
+            parts: tuple[Tensor, ...] = (spec.rows(weights[name], expert),)
+            bias = weights[f"{name}_bias"][expert] if spec.bias else None
+            if projection is moe.first_proj:
+                parts = spec.segments(parts[0])
+                bias = None if bias is None else torch.cat(spec.segments(bias))
+            quantized = [quantize_weight(part.to(device).contiguous()) for part in parts]
+            projection.copy_expert(expert, quantized, bias)
     return moe
 
 
@@ -132,7 +128,9 @@ def load_spec(
     for what in ("num_experts", "hidden_size", "intermediate_size", "gated"):
         stored, wanted = getattr(moe, what), getattr(spec, what)
         if stored != wanted:
-            raise ValueError(f"{prefix}: {what} is {stored} in the checkpoint, {wanted} in the model")
+            raise ValueError(
+                f"{prefix}: {what} is {stored} in the checkpoint, {wanted} in the model"
+            )
     if (moe.down_proj.bias is not None) != spec.bias:
         raise ValueError(f"{prefix}: bias must be {'present' if spec.bias else 'absent'}")
     return moe
