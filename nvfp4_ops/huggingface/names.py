@@ -31,6 +31,8 @@ class ModelNames:
         self._model = model
         self._renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
         self._converters = [entry for entry in table if isinstance(entry, WeightConverter)]
+        self._experts = experts_modules(model).keys()
+        self._linears = {n for n, layer in model.named_modules() if isinstance(layer, nn.Linear)}
         self._base = f"{model.base_model_prefix}."
         # Such as the layers of multi-token prediction.
         dropped = model._keys_to_ignore_on_load_unexpected or ()
@@ -46,15 +48,19 @@ class ModelNames:
         """
         first: dict[str, str] = {}
         for tensor in tensors:
-            if found := _EXPERTS.match(tensor):
-                first.setdefault(found.group(), tensor)
-        modules = experts_modules(self._model).keys()
+            if prefix := self.experts_prefix(tensor):
+                first.setdefault(prefix, tensor)
         names: dict[str, str] = {}
         for prefix, tensor in first.items():
             renamed = self._rename(tensor.replace(".weight_packed", ".weight"))[0]
-            found = _EXPERTS.match(renamed)
-            self._enter(names, modules, found.group() if found else renamed, prefix)
+            self._enter(names, self._experts, self.experts_prefix(renamed) or renamed, prefix)
         return names
+
+    @staticmethod
+    def experts_prefix(tensor: str) -> str | None:
+        """Name of the experts that a tensor belongs to: up to and with "experts"."""
+        found = _EXPERTS.match(tensor)
+        return found.group() if found else None
 
     def linears(self, tensors: Iterable[str]) -> dict[str, str]:
         """{linear layer of the model: its name in the checkpoint}, of those with weight scales.
@@ -67,9 +73,8 @@ class ModelNames:
         stored = dict.fromkeys(
             found.group(1)
             for tensor in tensors
-            if (found := _QUANTIZED.match(tensor)) and not _EXPERTS.match(tensor)
+            if (found := _QUANTIZED.match(tensor)) and not self.experts_prefix(tensor)
         )
-        modules = {n for n, module in self._model.named_modules() if isinstance(module, nn.Linear)}
         names: dict[str, str] = {}
         for name in stored:
             renamed, converted = self._rename(f"{name}.weight")
@@ -78,8 +83,14 @@ class ModelNames:
                     f"{name}: {type(self._model).__name__} merges, splits or permutes this weight "
                     f"while loading (into {renamed}), which a quantized weight does not allow"
                 )
-            self._enter(names, modules, renamed.removesuffix(".weight"), name)
+            self._enter(names, self._linears, renamed.removesuffix(".weight"), name)
         return names
+
+    def linear(self, tensor: str) -> str | None:
+        """The linear layer whose weight this float tensor is, if it is loaded as it is."""
+        renamed, converted = self._rename(tensor)
+        module = self._find(self._linears, renamed.removesuffix(".weight"))
+        return None if converted or not renamed.endswith(".weight") else module
 
     def is_dropped(self, tensor: str) -> bool:
         """Whether the model leaves this tensor out on purpose."""
@@ -91,17 +102,19 @@ class ModelNames:
         renamed, pattern = rename_source_key(name, self._renamings, self._converters)
         return renamed, pattern is not None
 
+    def _find(self, modules: Set[str], renamed: str) -> str | None:
+        """The one of ``modules`` that ``renamed`` is, with or without the base model's prefix."""
+        candidates = (renamed, self._base + renamed, renamed.removeprefix(self._base))
+        return next((name for name in candidates if name in modules), None)
+
     def _enter(self, names: dict[str, str], modules: Set[str], renamed: str, stored: str) -> None:
-        """Enter ``renamed``, with or without the prefix of the base model, if it is a module."""
-        for name in (renamed, self._base + renamed, renamed.removeprefix(self._base)):
-            if name in modules:
-                if name in names:
-                    raise CheckpointError(
-                        f"{stored} and {names[name]}: both are {name} of the model"
-                    )
-                names[name] = stored
-                return
-        if not self.is_dropped(f"{stored}.weight"):
+        """Enter ``stored`` under its module, unless the model drops it."""
+        name = self._find(modules, renamed)
+        if name in names:
+            raise CheckpointError(f"{stored} and {names[name]}: both are {name} of the model")
+        if name is not None:
+            names[name] = stored
+        elif not self.is_dropped(f"{stored}.weight"):
             raise CheckpointError(
                 f"{stored}: {type(self._model).__name__} has no such layer ({renamed})"
             )
