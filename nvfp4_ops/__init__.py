@@ -5,7 +5,12 @@ from typing import TYPE_CHECKING, Any
 from nvfp4_ops.activation import Activation
 from nvfp4_ops.backend import backend_info
 from nvfp4_ops.calibration import calibrate
-from nvfp4_ops.checkpoint import CheckpointError
+from nvfp4_ops.checkpoint import (
+    CheckpointError,
+    inspect_checkpoint,
+    open_checkpoint,
+    quantize_checkpoint,
+)
 from nvfp4_ops.linear import NVFP4Linear
 from nvfp4_ops.moe import NVFP4MoE
 from nvfp4_ops.ops import (
@@ -48,8 +53,11 @@ __all__ = [
     "dequantize_nvfp4",
     "global_scale",
     "grouped_scaled_mm",
+    "inspect_checkpoint",
+    "open_checkpoint",
     "permute",
     "prepack_weight",
+    "quantize_checkpoint",
     "quantize_nvfp4",
     "quantize_weight",
     "router_logits",

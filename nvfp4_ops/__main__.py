@@ -1,12 +1,22 @@
-"""``python -m nvfp4_ops info``: versions, devices and which kernel serves which op."""
+"""``python -m nvfp4_ops info | inspect DIR | quantize SRC DST``."""
 
 import argparse
+import json
 import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
 import nvfp4_ops
+from nvfp4_ops.checkpoint.inspect import CheckpointReport, Range, inspect_checkpoint
+from nvfp4_ops.checkpoint.quantize import EXPERTS_ONLY, quantize_checkpoint
+
+MAX_PROBLEMS = 20
+"""Shown below the table."""
 
 
 def _version(package: str) -> str:
@@ -33,13 +43,101 @@ def info() -> None:
         print(f"  {op:<{width}}  {served}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m nvfp4_ops", description=__doc__)
+def _range(scales: Range | None) -> str:
+    return "-" if scales is None else "..".join(f"{scale:.1e}" for scale in scales)
+
+
+def print_report(report: CheckpointReport) -> None:
+    """A table of the layers' experts, then every problem."""
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{report.directory} ({report.producer or 'not readable'})"
+    table = Table("experts", title=title, title_justify="left")
+    for column in ("scheme", "E x D x F", "weight scales", "input scales"):
+        table.add_column(column, no_wrap=True)
+    for column in ("gate != up", "at 448", "refused"):
+        table.add_column(column, no_wrap=True, justify="right")
+    for experts in report.experts:
+        mismatch = f"{experts.num_mismatched} (x{experts.max_mismatch:.3g})"
+        table.add_row(
+            experts.prefix,
+            experts.scheme or "-",
+            f"{experts.num_experts} x {experts.hidden_size} x {experts.intermediate_size}",
+            _range(experts.global_scales),
+            _range(experts.input_scales),
+            mismatch if experts.num_mismatched else "0",
+            f"{experts.saturated:.2%}",
+            str(len(experts.problems)),
+        )
+    # In a file or a pipe nobody sees the width: let no column be cut.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    for scheme, number in report.linear_layers.items():
+        console.print(f"{number} other linear layers: {scheme}")
+    problems = report.all_problems()
+    for problem in problems[:MAX_PROBLEMS]:
+        console.print(f"refused: {problem}", markup=False, highlight=False, soft_wrap=True)
+    if len(problems) > MAX_PROBLEMS:
+        console.print(f"and {len(problems) - MAX_PROBLEMS} more; --json has them all")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m nvfp4_ops")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="versions, devices and which kernel serves which op")
-    parser.parse_args()
-    info()
+    inspect = commands.add_parser("inspect", help="the experts of an NVFP4 checkpoint")
+    inspect.add_argument("directory", type=Path)
+    inspect.add_argument("--json", action="store_true", help="print JSON, not a table")
+    quantize = commands.add_parser("quantize", help="a float checkpoint to NVFP4 (ModelOpt layout)")
+    quantize.add_argument("source", type=Path)
+    quantize.add_argument("destination", type=Path)
+    quantize.add_argument(
+        "--include",
+        nargs="+",
+        default=EXPERTS_ONLY,
+        metavar="WILDCARD",
+        help="names of the linear modules to quantize (default: %(default)s)",
+    )
+    quantize.add_argument(
+        "--input-amax",
+        type=Path,
+        metavar="JSON",
+        help="{module: largest magnitude of its input}, for static input scales",
+    )
+    quantize.add_argument("--device", default="cpu", help="where to quantize (default: cpu)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status, 1 if a checkpoint is refused."""
+    args = _parser().parse_args(arguments)
+    if args.command == "info":
+        info()
+        return 0
+    # A bar is for people: none where the output goes to a file.
+    progress = sys.stderr.isatty()
+    if args.command == "inspect":
+        report = inspect_checkpoint(args.directory, progress=progress)
+        if args.json:
+            print(json.dumps(asdict(report), indent=2))
+        else:
+            print_report(report)
+        return 1 if report.all_problems() else 0
+    try:
+        quantize_checkpoint(
+            args.source,
+            args.destination,
+            include=args.include,
+            input_amax=args.input_amax and json.loads(args.input_amax.read_text()),
+            device=args.device,
+            progress=progress,
+        )
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -127,8 +127,12 @@ class ExpertProjection(nn.Module):
         if self.prepacked or not self._gains_by_prepacking(self.weight.device):
             return
         assert self.weight_scale is not None
-        self.weight = prepack_weight(self.weight, self.weight_scale)
+        self.weight = self._prepacked(self.weight, self.weight_scale)
         self.weight_scale = None
+
+    def _prepacked(self, codes: Tensor, block_scale: Tensor) -> Tensor:
+        """Canonical weights of some experts in the layout of this projection's grouped mm."""
+        return prepack_weight(codes, block_scale)
 
     def allocate(self, device: torch.device | str) -> None:
         """Make room on ``device`` for tensors that are on meta, in the layout it gains by.
@@ -140,7 +144,7 @@ class ExpertProjection(nn.Module):
         device = torch.device(device)
         if self._gains_by_prepacking(device):
             assert self.weight_scale is not None
-            self.weight = prepack_weight(self.weight, self.weight_scale)
+            self.weight = self._prepacked(self.weight, self.weight_scale)
             self.weight_scale = None
         for name, buffer in self._buffers.items():
             if buffer is not None:
@@ -185,9 +189,7 @@ class ExpertProjection(nn.Module):
             [weight.block_scale.view(torch.uint8).to(device) for weight in segments]
         )
         block_scale = sf_bytes.view(torch.float8_e4m3fn)
-        self.weight[expert] = prepack_weight(codes.unsqueeze(0), block_scale.unsqueeze(0)).squeeze(
-            0
-        )
+        self.weight[expert] = self._prepacked(codes[None], block_scale[None])[0]
         global_scale = torch.stack([weight.global_scale for weight in segments])
         self.segment(self.weight_scale_2)[expert] = global_scale.to(device)
 

@@ -2,55 +2,36 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import (
+    PREFIX,
+    Tensors,
+    assert_same_state,
+    make_moe,
+    mixtral_names,
+    write_checkpoint,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import nvfp4_ops
 from nvfp4_ops import CheckpointError, NVFP4MoE
-from nvfp4_ops.checkpoint import Checkpoint, expert_tensors, load_experts, quantization_config
+from nvfp4_ops.checkpoint import Checkpoint, expert_tensors, load_experts, open_checkpoint
+from nvfp4_ops.checkpoint.experts import find_prefixes
+from nvfp4_ops.projection import ExpertProjection
 
-PREFIX = "model.layers.0.mlp.experts"
-Tensors = dict[str, Tensor]
-
-
-def write_checkpoint(directory: Path, tensors: Tensors, *, shards: int = 1) -> Path:
-    directory.mkdir(parents=True, exist_ok=True)
-    config = {"quantization": quantization_config(["lm_head"], static=True)}
-    (directory / "hf_quant_config.json").write_text(json.dumps(config))
-    if shards == 1:
-        save_file(tensors, directory / "model.safetensors")
-        return directory
-    weight_map = {name: f"model-{i % shards}.safetensors" for i, name in enumerate(tensors)}
-    for shard in set(weight_map.values()):
-        part = {name: t for name, t in tensors.items() if weight_map[name] == shard}
-        save_file(part, directory / shard)
-    index = {"metadata": {}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
-    return directory
+REPO = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
 def moe() -> NVFP4MoE:
-    generator = torch.Generator().manual_seed(5)
-    moe = NVFP4MoE.from_float(
-        torch.randn(4, 64, 48, generator=generator), torch.randn(4, 48, 32, generator=generator)
-    )
-    moe.first_proj.set_input_scale(torch.rand(4, 2, generator=generator) + 0.1)
-    moe.down_proj.set_input_scale(torch.rand(4, generator=generator) + 0.1)
-    return moe
-
-
-def assert_same_state(actual: NVFP4MoE, expected: NVFP4MoE) -> None:
-    expected_state = expected.state_dict()
-    assert actual.state_dict().keys() == expected_state.keys()
-    for name, tensor in actual.state_dict().items():
-        assert tensor.dtype == expected_state[name].dtype, name
-        assert torch.equal(tensor.view(torch.uint8), expected_state[name].view(torch.uint8)), name
+    return make_moe()
 
 
 def test_load_experts_reads_modelopt_bytes(data: Path) -> None:
@@ -106,12 +87,7 @@ def test_expert_tensors_round_trip(tmp_path: Path, moe: NVFP4MoE, shards: int) -
 
 def test_load_experts_reads_mixtral_names(tmp_path: Path, moe: NVFP4MoE) -> None:
     prefix = "model.layers.3.block_sparse_moe.experts"
-    renamed = {}
-    for name, tensor in expert_tensors(moe, prefix).items():
-        for old, new in (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2")):
-            name = name.replace(old, new)
-        renamed[name] = tensor
-    write_checkpoint(tmp_path, renamed)
+    write_checkpoint(tmp_path, mixtral_names(expert_tensors(moe, prefix)))
     assert_same_state(load_experts(tmp_path, prefix), moe)
 
 
@@ -140,54 +116,132 @@ def without(suffix: str) -> Callable[[Tensors], None]:
     return change
 
 
-def nan_block_scale(tensors: Tensors) -> None:
-    tensors[f"{PREFIX}.2.down_proj.weight_scale"].view(torch.uint8)[3, 1] = 0x7F
+def renamed_to(old: str, new: str) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        for name in [n for n in tensors if n.startswith(f"{PREFIX}.{old}")]:
+            tensors[name.replace(f"{PREFIX}.{old}", f"{PREFIX}.{new}")] = tensors.pop(name)
 
+    return change
+
+
+def block_scale_byte(byte: int) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        tensors[f"{PREFIX}.2.down_proj.weight_scale"].view(torch.uint8)[3, 1] = byte
+
+    return change
+
+
+def one_projection_in_bf16(tensors: Tensors) -> None:
+    without("2.down_proj.")(tensors)
+    with_value("down_proj.weight", torch.ones(48, 32, dtype=torch.bfloat16))(tensors)
+
+
+ONE, NOT_ONE = torch.ones(()), r"must be one positive, finite float32, got"
+EXPORT_AGAIN = "the checkpoint is broken here: export it again"
+DYNAMIC = "or pass ignore_input_scale=True and quantize activations dynamically"
 
 BROKEN: dict[str, tuple[Callable[[Tensors], None], str]] = {
     "missing_scale": (
         without("1.up_proj.weight_scale_2"),
         r"tensor model\.layers\.0\.mlp\.experts\.1\.up_proj\.weight_scale_2 is missing",
     ),
-    "missing_expert": (without("1."), r"mlp\.experts has no experts \[1\]"),
+    "missing_codes": (
+        lambda tensors: tensors.pop(f"{PREFIX}.1.up_proj.weight"),
+        r"1\.up_proj\.weight is missing",
+    ),
+    "missing_projection": (without("3.down_proj"), r"3\.down_proj\.weight is missing"),
+    "missing_expert": (without("1."), r"mlp\.experts has no experts \[1\]; download or export"),
+    "missing_first": (without("0."), r"mlp\.experts has no experts \[0\]"),
     "no_experts": (without(""), r"has no experts under model\.layers\.0\.mlp\.experts"),
     "missing_input_scale": (
         without("3.down_proj.input_scale"),
-        r"3\.down_proj\.input_scale is mis",
+        rf"3\.down_proj\.input_scale is missing, .* sees a token, {DYNAMIC}",
+    ),
+    "first_has_no_input_scale": (
+        without("0.gate_proj.input_scale"),
+        r"0\.gate_proj\.input_scale is missing, though other experts have one",
     ),
     "zero_global_scale": (
-        with_value("gate_proj.weight_scale_2", torch.tensor(0.0)),
-        r"2\.gate_proj\.weight_scale_2 must be one positive, finite float32, got .* 0\.0",
+        with_value("gate_proj.weight_scale_2", 0 * ONE),
+        rf"model\.safetensors: .*2\.gate_proj\.weight_scale_2 {NOT_ONE} .* 0\.0; {EXPORT_AGAIN}$",
+    ),
+    "negative_global_scale": (
+        with_value("gate_proj.weight_scale_2", -ONE),
+        rf"2\.gate_proj\.weight_scale_2 {NOT_ONE} .* -1\.0; {EXPORT_AGAIN}$",
     ),
     "inf_input_scale": (
-        with_value("up_proj.input_scale", torch.tensor(torch.inf)),
-        r"2\.up_proj\.input_scale must be one positive, finite float32, got .* inf",
+        with_value("up_proj.input_scale", torch.inf * ONE),
+        rf"2\.up_proj\.input_scale {NOT_ONE} .* inf; .*{DYNAMIC}",
     ),
     "nan_global_scale": (
-        with_value("down_proj.weight_scale_2", torch.tensor(torch.nan)),
-        r"2\.down_proj\.weight_scale_2 must be one positive, finite float32, got .* nan",
+        with_value("down_proj.weight_scale_2", torch.nan * ONE),
+        rf"2\.down_proj\.weight_scale_2 {NOT_ONE} .* nan",
     ),
     "vector_global_scale": (
         with_value("down_proj.weight_scale_2", torch.ones(3)),
-        r"2\.down_proj\.weight_scale_2 must be one positive",
+        rf"2\.down_proj\.weight_scale_2 {NOT_ONE} torch\.float32 \(3,\)",
     ),
     "bf16_global_scale": (
-        with_value("down_proj.weight_scale_2", torch.ones((), dtype=torch.bfloat16)),
-        r"2\.down_proj\.weight_scale_2 must be one positive, finite float32, got torch\.bfloat16",
+        with_value("down_proj.weight_scale_2", ONE.bfloat16()),
+        rf"2\.down_proj\.weight_scale_2 {NOT_ONE} torch\.bfloat16",
     ),
-    "unquantized": (
+    "one_expert_unquantized": (
         with_value("down_proj.weight", torch.ones(48, 32, dtype=torch.bfloat16)),
         r"2\.down_proj\.weight must be packed NVFP4, .*, got torch\.bfloat16 \(48, 32\)",
+    ),
+    "one_projection_in_bf16": (
+        one_projection_in_bf16,
+        r"experts is quantized in different ways \(.*: nvfp4, .*2\.down_proj: None\)",
+    ),
+    "int8_codes": (
+        with_value("down_proj.weight", torch.ones(48, 16, dtype=torch.int8)),
+        r"2\.down_proj\.weight must be packed NVFP4, .*, got torch\.int8 \(48, 16\)",
     ),
     "wrong_shape": (
         with_value("up_proj.weight", torch.zeros(16, 24, dtype=torch.uint8)),
         r"2\.up_proj\.weight must be \(N, K\) = \(32, 48\) as in expert 0, got \(16, 48\)",
     ),
+    "transposed_down": (
+        with_value("down_proj.weight", torch.zeros(32, 24, dtype=torch.uint8)),
+        r"2\.down_proj\.weight must be \(N, K\) = \(48, 32\) as in expert 0, got \(32, 48\)",
+    ),
     "fp32_block_scale": (
         with_value("down_proj.weight_scale", torch.ones(48, 2)),
         r"2\.down_proj\.weight_scale must be torch\.float8_e4m3fn \(48, 2\), got torch\.float32",
     ),
-    "nan_block_scale": (nan_block_scale, r"2\.down_proj\.weight_scale holds NaN"),
+    "swizzled_block_scale": (
+        with_value("down_proj.weight_scale", torch.ones(128, 4).to(torch.float8_e4m3fn)),
+        r"2\.down_proj\.weight_scale must be .* \(48, 2\), got .* \(128, 4\)",
+    ),
+    "nan_block_scale": (
+        block_scale_byte(0x7F),
+        rf"2\.down_proj\.weight_scale holds NaN or negative block scales; {EXPORT_AGAIN}",
+    ),
+    "negative_block_scale": (block_scale_byte(0xB8), r"weight_scale holds NaN or negative"),
+    "awq": (
+        with_value("up_proj.pre_quant_scale", torch.ones(48)),
+        r"2\.up_proj\.pre_quant_scale is not known here .* export with plain NVFP4 instead",
+    ),
+    "svd": (
+        with_value("up_proj.svdquant_lora_a", torch.ones(4, 48)),
+        r"svdquant_lora_a is not known",
+    ),
+    "other_projection": (with_value("gate_bias.weight", ONE), r"2\.gate_bias\.weight is not known"),
+    "stray_tensor": (with_value("scale", ONE), r"experts\.2\.scale is not known here"),
+    "two_namings": (
+        renamed_to("2.gate_proj", "2.w1"),
+        r"must have projections \('gate_proj', .* or \('w1', .*, got \['down_proj', .* 'w1'\]",
+    ),
+    "no_gate_in_one": (without("2.gate_proj"), r"2\.gate_proj\.weight is missing"),
+    "number_with_zeros": (renamed_to("3.", "03."), r"has \['03'\] among its experts' numbers"),
+    "one_bias": (
+        with_value("up_proj.bias", torch.ones(32)),
+        r"2\.up_proj\.bias is there, unlike that of other projections",
+    ),
+    "wrong_bias": (
+        lambda tensors: tensors.update({f"{PREFIX}.0.gate_proj.bias": torch.ones(48)}),
+        r"0\.gate_proj\.bias must be .* \(32,\), got torch\.float32 \(48,\)",
+    ),
 }
 
 
@@ -262,3 +316,205 @@ def test_checkpoint_refuses_a_broken_index(tmp_path: Path, moe: NVFP4MoE) -> Non
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
     with pytest.raises(CheckpointError, match=r"index\.json: has no weight_map"):
         Checkpoint(tmp_path)
+
+
+def test_checkpoint_refuses_shards_that_do_not_fit_the_index(tmp_path: Path, moe: NVFP4MoE) -> None:
+    tensors = expert_tensors(moe, PREFIX)
+    first, second = list(tensors)[:2]
+    index_file = "model.safetensors.index.json"
+
+    def sharded(name: str) -> tuple[Path, dict[str, str]]:
+        directory = write_checkpoint(tmp_path / name, tensors, shards=2)
+        weight_map = json.loads((directory / index_file).read_text())["weight_map"]
+        assert (weight_map[first], weight_map[second]) == (
+            "model-0.safetensors",
+            "model-1.safetensors",
+        )
+        return directory, weight_map
+
+    def rewrite(directory: Path, weight_map: dict[str, str]) -> None:
+        (directory / index_file).write_text(json.dumps({"weight_map": weight_map}))
+
+    directory, weight_map = sharded("duplicate")
+    shard = load_file(directory / "model-1.safetensors")
+    save_file(shard | {first: tensors[first]}, directory / "model-1.safetensors")
+    with pytest.raises(CheckpointError, match=rf"model-1\.safetensors: holds {first}, which the"):
+        open_checkpoint(directory)
+
+    directory, weight_map = sharded("absent")
+    rewrite(directory, weight_map | {"lm_head.weight": "model-0.safetensors"})
+    with pytest.raises(CheckpointError, match=r"model-0\.\w+: does not hold lm_head\.weight, whi"):
+        open_checkpoint(directory)
+
+    directory, weight_map = sharded("unlisted")
+    del weight_map[first]
+    rewrite(directory, weight_map)
+    message = (
+        rf"{first} is missing; model-0\.safetensors holds it, but {index_file} does not list it"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        load_experts(directory, PREFIX)
+
+
+def test_checkpoint_reads_no_pickles(tmp_path: Path) -> None:
+    (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "NVFP4"}}')
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="only safetensors files are read"):
+        open_checkpoint(tmp_path)
+
+
+def test_load_experts_ignores_input_scales_when_asked_to(tmp_path: Path, moe: NVFP4MoE) -> None:
+    tensors = expert_tensors(moe, PREFIX)
+    tensors[f"{PREFIX}.1.up_proj.input_scale"].fill_(torch.nan)
+    del tensors[f"{PREFIX}.2.down_proj.input_scale"]
+    write_checkpoint(tmp_path, tensors)
+    checkpoint = open_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"1\.up_proj\.input_scale must be one positive"):
+        checkpoint.load_experts(PREFIX)
+    loaded = checkpoint.load_experts(PREFIX, ignore_input_scale=True)
+    assert_same_state(loaded, make_moe(input_scale=False))
+    with pytest.raises(CheckpointError, match='has no input_scale, which "static" needs'):
+        checkpoint.load_experts(PREFIX, ignore_input_scale=True, activation_scale="static")
+
+
+def test_load_experts_never_holds_two_copies(
+    tmp_path: Path, moe: NVFP4MoE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where weights are prepacked, each expert is on its own: the module is never canonical."""
+    packed_at_once = []
+
+    def prepacked(self: ExpertProjection, codes: Tensor, block_scale: Tensor) -> Tensor:
+        if not codes.is_meta:
+            packed_at_once.append(codes.shape[0])
+        return nvfp4_ops.prepack_weight(codes, block_scale)
+
+    monkeypatch.setattr(ExpertProjection, "_gains_by_prepacking", lambda self, device: True)
+    monkeypatch.setattr(ExpertProjection, "_prepacked", prepacked)
+    write_checkpoint(tmp_path, expert_tensors(moe, PREFIX))
+    loaded = load_experts(tmp_path, PREFIX, device="cpu")
+    assert packed_at_once == [1] * 8
+    for name, projection in loaded.projections().items():
+        expected = moe.projections()[name]
+        assert projection.prepacked
+        assert projection.weight_scale is None
+        both = nvfp4_ops.prepack_weight(expected.weight, expected.weight_scale)
+        assert torch.equal(projection.weight, both)
+        assert torch.equal(projection.weight_scale_2, expected.weight_scale_2)
+        assert torch.equal(projection.input_scale, expected.input_scale)
+
+
+def test_load_linear_reads_one_layer(tmp_path: Path) -> None:
+    w = nvfp4_ops.quantize_weight(torch.randn(24, 32))
+    q_proj = "model.layers.0.self_attn.q_proj"
+    tensors = {
+        f"{q_proj}.weight": w.codes,
+        f"{q_proj}.weight_scale": w.block_scale,
+        f"{q_proj}.weight_scale_2": w.global_scale,
+        f"{q_proj}.input_scale": torch.tensor(0.25),
+        f"{q_proj}.bias": torch.randn(24).bfloat16(),
+        f"{q_proj}.k_scale": torch.tensor(2.0),
+        "model.norm.weight": torch.ones(32),
+    }
+    linear = open_checkpoint(write_checkpoint(tmp_path / "good", tensors)).load_linear(q_proj)
+    assert torch.equal(linear.codes, w.codes)
+    assert torch.equal(linear.block_scale.view(torch.uint8), w.block_scale.view(torch.uint8))
+    assert (linear.global_scale, linear.input_scale) == (w.global_scale, 0.25)
+    assert torch.equal(linear.bias, tensors[f"{q_proj}.bias"])
+
+    checkpoint = open_checkpoint(tmp_path / "good")
+    assert checkpoint.load_linear(q_proj, "meta").codes.is_meta
+    with pytest.raises(CheckpointError, match=r"model\.norm is not quantized"):
+        checkpoint.load_linear("model.norm")
+    tensors[f"{q_proj}.pre_quant_scale"] = torch.ones(32)
+    bad = open_checkpoint(write_checkpoint(tmp_path / "awq", tensors))
+    with pytest.raises(CheckpointError, match=r"q_proj\.pre_quant_scale is not known here"):
+        bad.load_linear(q_proj)
+
+
+def test_checkpoint_tells_of_its_tensors_without_reading(tmp_path: Path, moe: NVFP4MoE) -> None:
+    tensors = expert_tensors(moe, PREFIX)
+    checkpoint = open_checkpoint(write_checkpoint(tmp_path, tensors, shards=3))
+    assert checkpoint.names() == sorted(tensors)
+    name = f"{PREFIX}.3.down_proj.weight_scale"
+    info = checkpoint.info(name)
+    assert (info.dtype, info.shape) == (torch.float8_e4m3fn, (48, 2))
+    assert name in load_file(tmp_path / info.file)
+    assert name in checkpoint
+    assert "lm_head.weight" not in checkpoint
+    assert checkpoint.expert_prefixes() == [PREFIX]
+    assert torch.equal(
+        checkpoint.tensor(f"{PREFIX}.1.up_proj.weight"), moe.first_proj.weight[1, 32:]
+    )
+
+
+def test_expert_prefixes_are_in_the_order_of_the_layers() -> None:
+    names = [
+        "model.layers.10.mlp.experts.0.gate_proj.weight",
+        "model.layers.2.mlp.experts.1.up_proj.weight_packed",
+        "model.layers.2.mlp.shared_experts.gate_up_proj.weight",
+        "model.layers.3.block_sparse_moe.experts.0.w1.weight",
+        "model.layers.4.mlp.experts.gate_up_proj_blocks",
+        "model.layers.5.mlp.gate_proj.weight",
+        "experts.0.down_proj.weight",
+    ]
+    assert find_prefixes(names) == [
+        "experts",
+        "model.layers.2.mlp.experts",
+        "model.layers.3.block_sparse_moe.experts",
+        "model.layers.4.mlp.experts",
+        "model.layers.10.mlp.experts",
+    ]
+
+
+MEMORY = """
+import sys
+from nvfp4_ops.checkpoint import open_checkpoint
+
+def anonymous_mib():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(l.split()[1]) for l in lines if l.startswith("RssAnon:")) / 1024
+
+checkpoint = open_checkpoint(sys.argv[1])
+checkpoint.load_experts(sys.argv[3])  # What torch sets up once.
+before, peak = anonymous_mib(), 0.0
+
+import nvfp4_ops.checkpoint.experts as experts
+read = experts.NumberedExperts.read
+def watched(self, expert):
+    global peak
+    peak = max(peak, anonymous_mib())
+    return read(self, expert)
+experts.NumberedExperts.read = watched
+
+moe = open_checkpoint(sys.argv[1]).load_experts(sys.argv[2])
+peak = max(peak, anonymous_mib())
+print(sum(b.nbytes for b in moe.buffers()) / 2**20, peak - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_load_experts_needs_little_more_than_the_result(tmp_path: Path) -> None:
+    """Memory of the process itself: pages of the mapped files belong to the page cache."""
+    num_experts, hidden, intermediate = 48, 2048, 1024
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    small = "model.layers.1.mlp.experts"
+    for prefix, number, d, f in ((PREFIX, num_experts, hidden, intermediate), (small, 2, 64, 32)):
+        for expert in range(number):
+            for name, n, k in (("gate_proj", f, d), ("up_proj", f, d), ("down_proj", d, f)):
+                key = f"{prefix}.{expert}.{name}"
+                codes = torch.randint(256, (n, k // 2), dtype=torch.uint8, generator=generator)
+                tensors[f"{key}.weight"] = codes
+                tensors[f"{key}.weight_scale"] = torch.ones(n, k // 16).to(torch.float8_e4m3fn)
+                tensors[f"{key}.weight_scale_2"] = torch.tensor(1e-4)
+    write_checkpoint(tmp_path, tensors, shards=2)
+    run = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path), PREFIX, small],
+        cwd=REPO,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    result, used = map(float, run.stdout.split())
+    assert 150 < result < 170
+    assert used < 1.1 * result

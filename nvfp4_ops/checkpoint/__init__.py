@@ -5,22 +5,29 @@ from typing import Any
 
 from nvfp4_ops.checkpoint.checkpoint import Checkpoint, Module, open_checkpoint
 from nvfp4_ops.checkpoint.index import CheckpointError, TensorIndex, TensorInfo
+from nvfp4_ops.checkpoint.inspect import CheckpointReport, ExpertsReport, inspect_checkpoint
 from nvfp4_ops.checkpoint.linear import LinearTensors
+from nvfp4_ops.checkpoint.quantize import quantize_checkpoint
 from nvfp4_ops.checkpoint.scheme import Scheme
-from nvfp4_ops.checkpoint.write import expert_tensors, quantization_config
+from nvfp4_ops.checkpoint.write import expert_tensors, input_amax, quantization_config
 from nvfp4_ops.moe import NVFP4MoE
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "CheckpointReport",
+    "ExpertsReport",
     "LinearTensors",
     "Scheme",
     "TensorIndex",
     "TensorInfo",
     "expert_tensors",
+    "input_amax",
+    "inspect_checkpoint",
     "load_experts",
     "open_checkpoint",
     "quantization_config",
+    "quantize_checkpoint",
 ]
 
 

@@ -1,20 +1,20 @@
 """Checkpoint: an NVFP4 checkpoint on disk, and loading experts and linear layers from it."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nvfp4_ops.checkpoint.config import read_model_config, read_producer
-from nvfp4_ops.checkpoint.experts import INTERLEAVED, Experts, find_experts
-from nvfp4_ops.checkpoint.index import CheckpointError, TensorIndex, TensorInfo
-from nvfp4_ops.checkpoint.linear import LinearTensors
+from nvfp4_ops.checkpoint.experts import INTERLEAVED, Experts, find_experts, find_prefixes
+from nvfp4_ops.checkpoint.index import FLOAT_DTYPES, CheckpointError, TensorIndex, TensorInfo
+from nvfp4_ops.checkpoint.linear import INPUT_SCALE_SUFFIXES, LinearTensors
+from nvfp4_ops.checkpoint.load import Module, fill
 from nvfp4_ops.checkpoint.scheme import Scheme
 from nvfp4_ops.moe import ActivationScale, NVFP4MoE
-
-Module = TypeVar("Module", bound=NVFP4MoE)
 
 
 def open_checkpoint(directory: str | Path) -> "Checkpoint":
@@ -80,6 +80,9 @@ class Checkpoint:
         return next(iter(schemes), None)
 
     def _leaf_scheme(self, module: str) -> Scheme | None:
+        own = [name for name in self.index.under(module) if name.rpartition(".")[0] == module]
+        if all(self.index.info(name).dtype in FLOAT_DTYPES for name in own):
+            return None
         stored = self._stored_quantized(module)
         scheme = self.producer.scheme(module)
         if stored and scheme is None:
@@ -90,12 +93,16 @@ class Checkpoint:
         return scheme if stored else None
 
     def _stored_quantized(self, module: str) -> bool:
-        names = (
-            f"{module}.{self.producer.packed_name}",
-            f"{module}.gate_up_proj",
-            f"{module}.gate_up_proj_blocks",
+        """By its codes or, so that reading says what is wrong with the codes, its block scales."""
+        packed = (f"{module}.{self.producer.packed_name}", f"{module}.gate_up_proj")
+        dtypes_of = {
+            **dict.fromkeys((*packed, f"{module}.gate_up_proj_blocks"), (torch.uint8,)),
+            f"{module}.weight_scale": (torch.float8_e4m3fn, torch.uint8),
+        }
+        return any(
+            name in self.index and self.index.info(name).dtype in dtypes
+            for name, dtypes in dtypes_of.items()
         )
-        return any(n in self.index and self.index.info(n).dtype == torch.uint8 for n in names)
 
     def load_linear(self, prefix: str, device: torch.device | str | None = None) -> LinearTensors:
         """The tensors of one quantized linear layer.
@@ -115,11 +122,22 @@ class Checkpoint:
         linear = self.producer.read_linear(self.index, prefix)
         return linear if device is None else linear.to(device)
 
+    def expert_prefixes(self) -> Sequence[str]:
+        """Where there are experts, quantized or not, in the order of the layers."""
+        return find_prefixes(self.index.names())
+
     def experts(self, prefix: str, *, interleaved: bool | None = None) -> Experts:
         """The experts of one layer, to be read one by one; see ``load_experts``."""
+        return self._find_experts(self.index, prefix, interleaved)
+
+    def _find_experts(self, index: TensorIndex, prefix: str, interleaved: bool | None) -> Experts:
         if interleaved is None:
             interleaved = INTERLEAVED.get(str(self.config.get("model_type")))
-        return find_experts(self.index, self.producer, prefix, interleaved=interleaved)
+        return find_experts(index, self.producer, prefix, interleaved=interleaved)
+
+    @cached_property
+    def _index_without_input_scale(self) -> TensorIndex:
+        return self.index.without(INPUT_SCALE_SUFFIXES)
 
     def load_experts(
         self,
@@ -151,55 +169,27 @@ class Checkpoint:
         refused = options.keys() & {"gated", "bias"}
         if refused:
             raise ValueError(f"{', '.join(sorted(refused))}: the checkpoint decides on it")
-        experts = self.experts(prefix, interleaved=interleaved)
-        has_input_scale = experts.has_input_scale and not ignore_input_scale
-        if activation_scale == "static" and not has_input_scale:
+        index = self._index_without_input_scale if ignore_input_scale else self.index
+        experts = self._find_experts(index, prefix, interleaved)
+        if self.scheme(prefix) is None:
+            raise CheckpointError(f"{self.directory}: {prefix} is not quantized")
+        if activation_scale == "static" and not experts.has_input_scale:
             raise CheckpointError(
                 f'{self.directory}: {prefix} has no input_scale, which "static" needs; use '
                 '"per_token", or calibrate'
             )
-        return _load(experts, module_cls, device, activation_scale, has_input_scale, options)
-
-
-def _load(
-    experts: Experts,
-    module_cls: type[Module],
-    device: torch.device | str | None,
-    activation_scale: ActivationScale | None,
-    has_input_scale: bool,
-    options: dict[str, Any],
-) -> Module:
-    first = experts.read(0)
-    if first[0].bias is not None:
-        options = {"dtype": first[0].bias.dtype} | options
-    # On meta first: a canonical and a prepacked copy at once would be twice the memory.
-    moe = module_cls(
-        experts.hidden_size,
-        experts.intermediate_size,
-        experts.num_experts,
-        gated=experts.gated,
-        bias=experts.has_bias,
-        device="meta",
-        **options,
-    )
-    for projection in moe.projections().values():
-        projection.allocate(torch.get_default_device() if device is None else device)
-    input_scales: list[list[Tensor]] = []
-    for expert in range(experts.num_experts):
-        *to_hidden, down = experts.read(expert) if expert else first
-        moe.first_proj.copy_expert(expert, [s.weight for s in to_hidden], _bias(to_hidden))
-        moe.down_proj.copy_expert(expert, [down.weight], down.bias)
-        if has_input_scale:
-            scales = [s.input_scale for s in (*to_hidden, down)]
-            input_scales.append([scale for scale in scales if scale is not None])
-    if has_input_scale:
-        scales_ES = torch.tensor(input_scales, dtype=torch.float32)
-        moe.first_proj.set_input_scale(scales_ES[:, :-1].squeeze(1))
-        moe.down_proj.set_input_scale(scales_ES[:, -1])
-    moe.activation_scale = activation_scale
-    return moe
-
-
-def _bias(segments: Sequence[LinearTensors]) -> Tensor | None:
-    biases = [segment.bias for segment in segments if segment.bias is not None]
-    return torch.cat(biases) if biases else None
+        if experts.bias_dtype is not None:
+            options = {"dtype": experts.bias_dtype} | options
+        # On meta: a canonical and a prepacked copy at once would be twice the memory.
+        moe = module_cls(
+            experts.hidden_size,
+            experts.intermediate_size,
+            experts.num_experts,
+            gated=experts.gated,
+            bias=experts.bias_dtype is not None,
+            device="meta",
+            **options,
+        )
+        fill(moe, experts, device)
+        moe.activation_scale = activation_scale
+        return moe

@@ -11,8 +11,10 @@ This is the only place where a scale is inverted. In ``mxfp4-pack-quantized`` la
 is uint8 (N, K/32) and there is no global scale.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -86,6 +88,7 @@ class CompressedTensors:
                 raise CheckpointError(
                     f"{where}: {extra} is not supported and can not be ignored, got {content}"
                 )
+        _check_patterns(config, where)
         groups = config.get("config_groups")
         if not isinstance(groups, dict) or not groups:
             raise CheckpointError(f"{where}: has no config_groups")
@@ -132,6 +135,17 @@ class CompressedTensors:
             _read_reciprocal(index, input_scale) if input_scale in index else None,
             bias,
         )
+
+
+def _check_patterns(config: Mapping[str, Any], where: str) -> None:
+    groups = (config.get("config_groups") or {}).values()
+    for target in chain(config.get("ignore") or (), *(g.get("targets") or () for g in groups)):
+        try:
+            re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
+        except re.error as error:
+            raise CheckpointError(
+                f"{where}: {target!r} is no regular expression: {error}"
+            ) from error
 
 
 def _group(group: Mapping[str, Any], default_format: str, where: str) -> Group:

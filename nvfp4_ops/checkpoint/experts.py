@@ -5,12 +5,21 @@ Two layouts: modules of their own (``prefix.E.gate_proj``, or ``w1`` and so on) 
 gate absent where the model has none.
 """
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+
+import torch
 
 from nvfp4_ops.checkpoint import modelopt, mxfp4
 from nvfp4_ops.checkpoint.index import CheckpointError, TensorIndex
-from nvfp4_ops.checkpoint.linear import LinearTensors, Producer, check_packed
+from nvfp4_ops.checkpoint.linear import (
+    INPUT_SCALE_SUFFIXES,
+    LinearTensors,
+    Producer,
+    check_bias,
+    check_packed,
+)
 from nvfp4_ops.checkpoint.modelopt import ModelOpt
 from nvfp4_ops.checkpoint.mxfp4 import GptOss
 
@@ -27,10 +36,24 @@ INTERLEAVED = {
 }
 
 
+_EXPERT_TENSOR = re.compile(
+    r"(.*\bexperts)\.(?:gate_up_proj|\d+\.(?:gate_proj|up_proj|down_proj|w1|w2|w3)\.)"
+)
+
+
+def find_prefixes(names: Iterable[str]) -> Sequence[str]:
+    """Prefixes under which there are experts, quantized or not, in the order of the layers."""
+    matched = (_EXPERT_TENSOR.match(name) for name in names)
+    prefixes = {match[1] for match in matched if match is not None}
+    return sorted(
+        prefixes, key=lambda p: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", p)]
+    )
+
+
 class Experts(ABC):
     """The experts of one layer, as stored.
 
-    num_experts, gated, has_bias, has_input_scale: of all of them.
+    num_experts, gated, has_input_scale: of all of them. bias_dtype: None without biases.
     hidden_size, intermediate_size: D and F.
     """
 
@@ -38,8 +61,8 @@ class Experts(ABC):
     hidden_size: int
     intermediate_size: int
     gated: bool
-    has_bias: bool
     has_input_scale: bool
+    bias_dtype: torch.dtype | None
 
     @abstractmethod
     def read(self, expert: int) -> tuple[LinearTensors, ...]:
@@ -99,13 +122,14 @@ class NumberedExperts(Experts):
                     "with plain NVFP4 instead"
                 )
             suffixes.add(part[2])
-        self.has_bias = "bias" in suffixes
-        self.has_input_scale = any("input" in suffix for suffix in suffixes)
+        self.has_input_scale = not suffixes.isdisjoint(INPUT_SCALE_SUFFIXES)
         first, down = (
             check_packed(index, f"{prefix}.0.{name}.{producer.packed_name}")
             for name in (self._names[0], self._names[-1])
         )
         self.intermediate_size, self.hidden_size = first
+        bias = f"{prefix}.0.{self._names[0]}.bias"
+        self.bias_dtype = check_bias(index, bias, (self.intermediate_size,))
         if down != first[::-1]:
             raise CheckpointError(
                 f"{index.where(f'{prefix}.0.{self._names[-1]}.{producer.packed_name}')} is "
@@ -154,22 +178,20 @@ class NumberedExperts(Experts):
             )
 
     def _check_optional(self, module: str, segment: LinearTensors) -> None:
-        for kind, expected, tensor, advice in (
-            (
-                "input_scale",
-                self.has_input_scale,
-                segment.input_scale,
-                "calibrate again so that every expert sees a token, or pass "
-                "ignore_input_scale=True and quantize activations dynamically",
-            ),
-            ("bias", self.has_bias, segment.bias, "export it again"),
-        ):
-            if expected and tensor is None:
-                name = next(n for n in sorted(self._producer.tensor_names) if kind[:5] in n)
-                raise CheckpointError(
-                    f"{self._index.directory}: tensor {module}.{name} is missing, though other "
-                    f"experts have one; {advice}"
-                )
+        """What one expert has all must have."""
+        where = f"{self._index.directory}: tensor {module}"
+        if self.has_input_scale and segment.input_scale is None:
+            (name,) = self._producer.tensor_names.intersection(INPUT_SCALE_SUFFIXES)
+            raise CheckpointError(
+                f"{where}.{name} is missing, though other experts have one; calibrate again so "
+                "that every expert sees a token, or pass ignore_input_scale=True and quantize "
+                "activations dynamically"
+            )
+        if (segment.bias is None) != (self.bias_dtype is None):
+            raise CheckpointError(
+                f"{where}.bias is {'missing' if segment.bias is None else 'there'}, unlike that of "
+                "other projections; export it again"
+            )
 
 
 class StackedExperts(Experts):
@@ -218,12 +240,11 @@ class StackedExperts(Experts):
                 f"{index.directory}: {down.name} must be (E, N, K) = {expected} to fit "
                 f"{first.name}, got {(down.num_experts, down.num_rows, down.num_columns)}"
             )
-        for kind in ("bias", "input_scale"):
-            has = getattr(first, f"has_{kind}"), getattr(down, f"has_{kind}")
-            if has[0] != has[1]:
-                lacking = (first, down)[has.index(False)].name
-                raise CheckpointError(f"{index.directory}: tensor {lacking}_{kind} is missing")
-        self.has_bias, self.has_input_scale = first.has_bias, first.has_input_scale
+        for suffix in ("_bias", "_input_scale"):
+            lacking = [p.name for p in (first, down) if f"{p.name}{suffix}" not in index]
+            if len(lacking) == 1:
+                raise CheckpointError(f"{index.directory}: tensor {lacking[0]}{suffix} is missing")
+        self.bias_dtype, self.has_input_scale = first.bias_dtype, first.has_input_scale
 
     def read(self, expert: int) -> tuple[LinearTensors, ...]:
         gate_up, half = self._first.expert(expert), self.intermediate_size

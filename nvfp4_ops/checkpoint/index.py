@@ -6,8 +6,9 @@ Knows nothing of NVFP4. Only safetensors files are read, never pickles.
 import json
 from bisect import bisect_left
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +33,8 @@ _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
 }
 
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
 
 class CheckpointError(ValueError):
     """A checkpoint that can not be loaded as it is; says which file and tensor, and what to do."""
@@ -44,6 +47,12 @@ class TensorInfo(NamedTuple):
     dtype: torch.dtype | str
     shape: tuple[int, ...]
 
+    @property
+    def num_bytes(self) -> int:
+        """Of its data; a dtype that torch lacks counts one byte an element."""
+        itemsize = self.dtype.itemsize if isinstance(self.dtype, torch.dtype) else 1
+        return torch.Size(self.shape).numel() * itemsize
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; CheckpointError names the file where it can not be read."""
@@ -54,6 +63,19 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: must hold a JSON object")
     return content
+
+
+def open_file(path: Path) -> tuple[Any, dict[str, TensorInfo]]:
+    """A mapped safetensors file and what its header says of each tensor."""
+    try:
+        opened = safe_open(path, framework="pt")
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: can not be read: {error}; download it again") from error
+    return opened, {
+        name: TensorInfo(path.name, _DTYPES.get(s.get_dtype(), s.get_dtype()), tuple(s.get_shape()))
+        for name, s in slices.items()
+    }
 
 
 class TensorIndex:
@@ -84,17 +106,8 @@ class TensorIndex:
         self._sorted = sorted(self._infos)
 
     def _read_header(self, file: str) -> dict[str, TensorInfo]:
-        path = self.directory / file
-        try:
-            opened = safe_open(path, framework="pt")
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: can not be read: {error}; download it again") from error
-        self._open[file] = opened
-        return {
-            name: TensorInfo(file, _DTYPES.get(s.get_dtype(), s.get_dtype()), tuple(s.get_shape()))
-            for name, s in slices.items()
-        }
+        self._open[file], infos = open_file(self.directory / file)
+        return infos
 
     def _read_shards(self) -> None:
         path = self.directory / SAFETENSORS_INDEX
@@ -139,6 +152,13 @@ class TensorIndex:
         """Names that begin with ``prefix`` and a dot, sorted."""
         start = bisect_left(self._sorted, f"{prefix}.")
         return self._sorted[start : bisect_left(self._sorted, f"{prefix}/", start)]
+
+    def without(self, suffixes: tuple[str, ...]) -> Self:
+        """The same files as if no tensor's name ended in one of ``suffixes``."""
+        other = copy(self)
+        other._sorted = [name for name in self._sorted if not name.endswith(suffixes)]
+        other._infos = {name: self._infos[name] for name in other._sorted}
+        return other
 
     def info(self, name: str) -> TensorInfo:
         """File, dtype and shape of a tensor.

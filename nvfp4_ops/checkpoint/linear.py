@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
-from nvfp4_ops.checkpoint.index import CheckpointError, TensorIndex
+from nvfp4_ops.checkpoint.index import FLOAT_DTYPES, CheckpointError, TensorIndex
 from nvfp4_ops.checkpoint.scheme import Scheme
 from nvfp4_ops.weight import NVFP4Weight
+
+INPUT_SCALE_SUFFIXES = ("input_scale", "input_global_scale")
 
 
 class LinearTensors(NamedTuple):
@@ -109,7 +111,7 @@ def read_global_scale(index: TensorIndex, name: str, expert: int | None = None) 
     if scale.dtype != torch.float32 or scale.ndim or not scale.isfinite() or scale <= 0:
         some = stored.flatten()[:4].tolist() if scale.ndim else scale.item()
         advice = ""
-        if "input" in name:
+        if name.endswith(INPUT_SCALE_SUFFIXES):
             advice = ", or pass ignore_input_scale=True and quantize activations dynamically"
         raise CheckpointError(
             f"{index.where(name)} must be one positive, finite float32, got {stored.dtype} "
@@ -118,9 +120,16 @@ def read_global_scale(index: TensorIndex, name: str, expert: int | None = None) 
     return scale
 
 
-def read_bias(index: TensorIndex, name: str, rows: int) -> Tensor | None:
-    """A float bias (N,), or None where there is none."""
+def check_bias(index: TensorIndex, name: str, shape: tuple[int, ...]) -> torch.dtype | None:
+    """The dtype of a bias, bf16, fp16 or fp32, or None where there is none."""
     if name not in index:
         return None
-    index.check(name, (torch.bfloat16, torch.float16, torch.float32), (rows,))
-    return index.tensor(name)
+    index.check(name, FLOAT_DTYPES, shape)
+    dtype = index.info(name).dtype
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def read_bias(index: TensorIndex, name: str, rows: int) -> Tensor | None:
+    """A bias (N,), or None where there is none."""
+    return None if check_bias(index, name, (rows,)) is None else index.tensor(name)

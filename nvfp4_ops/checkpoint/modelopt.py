@@ -21,6 +21,7 @@ from nvfp4_ops import format as nvfp4
 from nvfp4_ops.checkpoint.index import CheckpointError, TensorIndex
 from nvfp4_ops.checkpoint.linear import (
     LinearTensors,
+    check_bias,
     check_block_scale,
     check_packed,
     read_bias,
@@ -46,7 +47,19 @@ class ModelOpt:
     weight_only: bool = False
 
     packed_name = "weight"
-    tensor_names = frozenset({"weight", "weight_scale", "weight_scale_2", "input_scale", "bias"})
+    # k_scale and v_scale are of the KV cache: they lie beside k_proj and v_proj, of which they say
+    # nothing.
+    tensor_names = frozenset(
+        {
+            "weight",
+            "weight_scale",
+            "weight_scale_2",
+            "input_scale",
+            "bias",
+            "k_scale",
+            "v_scale",
+        }
+    )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], where: str) -> "ModelOpt":
@@ -143,10 +156,8 @@ class StackedProjection:
         shape = (blocks, self.num_rows) if self.transposed else (self.num_rows, blocks)
         index.check(f"{name}_weight_scale", torch.float8_e4m3fn, (self.num_experts, *shape))
         self.has_input_scale = f"{name}_input_scale" in index
-        self.has_bias = f"{name}_bias" in index
-        if self.has_bias:
-            floats = (torch.bfloat16, torch.float16, torch.float32)
-            index.check(f"{name}_bias", floats, (self.num_experts, self.num_rows))
+        lead = self.num_experts, self.num_rows
+        self.bias_dtype = check_bias(index, f"{name}_bias", lead)
 
     def expert(self, expert: int) -> LinearTensors:
         codes = self.index.row(self.name, expert)
@@ -162,7 +173,7 @@ class StackedProjection:
             block_scale,
             read_global_scale(self.index, f"{self.name}_weight_scale_2", expert),
             read_global_scale(self.index, input_name, expert) if self.has_input_scale else None,
-            self.index.row(bias_name, expert) if self.has_bias else None,
+            self.index.row(bias_name, expert) if self.bias_dtype else None,
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
 from nvfp4_ops.checkpoint.index import CheckpointError, TensorIndex
-from nvfp4_ops.checkpoint.linear import LinearTensors
+from nvfp4_ops.checkpoint.linear import LinearTensors, check_bias
 from nvfp4_ops.checkpoint.scheme import ModuleNames, Scheme
 from nvfp4_ops.weight import NVFP4Weight
 
@@ -122,14 +122,12 @@ class StackedProjection:
             (torch.uint8, torch.float8_e8m0fnu),
             (self.num_experts, self.num_rows, groups),
         )
-        self.has_bias = f"{name}_bias" in index
-        if self.has_bias:
-            floats = (torch.bfloat16, torch.float16, torch.float32)
-            index.check(f"{name}_bias", floats, (self.num_experts, self.num_rows))
+        lead = self.num_experts, self.num_rows
+        self.bias_dtype = check_bias(index, f"{name}_bias", lead)
 
     def expert(self, expert: int) -> LinearTensors:
         codes = self.index.row(f"{self.name}_blocks", expert).flatten(1)
         scales = self.index.row(f"{self.name}_scales", expert).view(torch.uint8)
         where = f"{self.index.where(f'{self.name}_scales')}[{expert}]"
-        bias = self.index.row(f"{self.name}_bias", expert) if self.has_bias else None
+        bias = self.index.row(f"{self.name}_bias", expert) if self.bias_dtype else None
         return LinearTensors(*to_nvfp4(where, codes, scales), None, bias)

@@ -1,6 +1,6 @@
 """Write experts in ModelOpt's checkpoint layout; the inverse of loading."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -42,6 +42,30 @@ def expert_tensors(moe: NVFP4MoE, prefix: str) -> dict[str, Tensor]:
     return tensors
 
 
+def input_amax(
+    moe: NVFP4MoE, prefix: str, names: Sequence[str] = PROJECTION_NAMES[0]
+) -> dict[str, float]:
+    """What ``quantize_checkpoint`` takes as ``input_amax``, of calibrated experts.
+
+    Args:
+        moe: gated, with input scales: see ``nvfp4_ops.calibrate``.
+        prefix: the experts' name in the checkpoint to be quantized.
+        names: of its gate, up and down projections.
+    """
+    if not moe.gated:
+        raise ValueError("moe: must be gated")
+    columns: list[Tensor] = []
+    for name, projection in moe.projections().items():
+        projection.check_input_scale(name)
+        assert projection.input_scale is not None
+        columns += projection.segment(projection.input_scale).double().cpu().unbind(1)
+    return {
+        f"{prefix}.{expert}.{name}": float(scales[expert]) * nvfp4.GLOBAL_SCALE_DIVISOR
+        for name, scales in zip(names, columns, strict=True)
+        for expert in range(moe.num_experts)
+    }
+
+
 def quantization_config(exclude_modules: Sequence[str], *, static: bool) -> dict[str, Any]:
     """ModelOpt's ``quantization`` entry of hf_quant_config.json.
 
@@ -53,4 +77,18 @@ def quantization_config(exclude_modules: Sequence[str], *, static: bool) -> dict
         "kv_cache_quant_algo": None,
         "group_size": nvfp4.BLOCK_SIZE,
         "exclude_modules": list(exclude_modules),
+    }
+
+
+def hf_quantization_config(quantization: Mapping[str, Any]) -> dict[str, Any]:
+    """The same for ``quantization_config`` of config.json."""
+    numbers = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": nvfp4.BLOCK_SIZE}
+    group: dict[str, Any] = {"weights": numbers, "targets": ["Linear"]}
+    if quantization["quant_algo"] == "NVFP4":
+        group["input_activations"] = dict(numbers)
+    return {
+        "quant_method": "modelopt",
+        "quant_algo": quantization["quant_algo"],
+        "config_groups": {"group_0": group},
+        "ignore": list(quantization["exclude_modules"]),
     }
