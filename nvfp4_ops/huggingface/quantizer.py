@@ -18,6 +18,7 @@ from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from nvfp4_ops import format as nvfp4
 from nvfp4_ops.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from nvfp4_ops.huggingface.families import ExpertsSpec
 from nvfp4_ops.huggingface.names import ModelNames
@@ -153,6 +154,12 @@ def _make_plan(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtyp
             )
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
+        if linear.out_features % nvfp4.BLOCK_SIZE:
+            raise CheckpointError(
+                f"{checkpoint.directory}: {prefix} has {linear.out_features} rows; NVFP4 layers "
+                f"with other than multiples of {nvfp4.BLOCK_SIZE} are not supported: export it "
+                "unquantized"
+            )
         plan.linears[name] = prefix
         plan.sizes[name] = (linear.out_features, linear.in_features)
     _refuse_other_formats(plan, names)
