@@ -51,12 +51,21 @@ def load_pretrained(
         "activation_scale": activation_scale,
         "device": None if device is None else str(device),
     }
-    model, info = model_class.from_pretrained(
-        directory, config=config, dtype=dtype, output_loading_info=True, **options
-    )
-    for problem in ("missing_keys", "mismatched_keys"):
-        if names := sorted(map(str, info[problem])):
-            some = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            raise CheckpointError(f"{directory}: {problem.replace('_', ' ')} of the model: {some}")
+    # Transformers fills in random weights, or raises without a name; _check_loaded names them.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, info = model_class.from_pretrained(directory, config=config, dtype=dtype, **options)
+    _check_loaded(directory, info)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _check_loaded(directory: Path, info: dict[str, Any]) -> None:
+    """Raise CheckpointError unless every tensor of the model came from the checkpoint."""
+    problems = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    problems += [
+        f"{name} must be {tuple(wanted)}, got {tuple(stored)}"
+        for name, stored, wanted in sorted(info["mismatched_keys"])
+    ]
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise CheckpointError(f"{directory}: {'; '.join(problems[:5])}{more}")

@@ -198,6 +198,11 @@ def _load_modules(
         install(model, name, moe)
     for name, prefix in tqdm(plan.linears.items(), **_progress("linear layers", plan.linears)):
         tensors = plan.checkpoint.load_linear(prefix, device)
+        if activation_scale == "static" and tensors.input_scale is None:
+            raise CheckpointError(
+                f'{plan.checkpoint.directory}: {prefix} has no input scale, which "static" needs; '
+                'use "per_token", or calibrate'
+            )
         linear = NVFP4Linear.from_weight(
             tensors.weight,
             input_scale=tensors.input_scale,
