@@ -6,14 +6,16 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 import nvfp4_ops
 from nvfp4_ops.checkpoint.inspect import CheckpointReport, Range, inspect_checkpoint
-from nvfp4_ops.checkpoint.quantize import EXPERTS_ONLY, quantize_checkpoint
+from nvfp4_ops.checkpoint.quantize import EXPERTS_ONLY, quantize_checkpoint, write_json
 
 MAX_PROBLEMS = 20
 """Shown below the table."""
@@ -99,24 +101,58 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WILDCARD",
         help="names of the linear modules to quantize (default: %(default)s)",
     )
-    quantize.add_argument(
+    scales = quantize.add_mutually_exclusive_group()
+    scales.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="TEXT",
+        help="run the model on this file, a text a line, for static input scales",
+    )
+    scales.add_argument(
         "--input-amax",
         type=Path,
         metavar="JSON",
         help="{module: largest magnitude of its input}, for static input scales",
     )
-    quantize.add_argument("--device", default="cpu", help="where to quantize (default: cpu)")
+    quantize.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status, 1 if a checkpoint is refused."""
-    args = _parser().parse_args(arguments)
+def _amax_file(destination: Path) -> Path:
+    """Where calibrated values are until the destination is complete."""
+    return destination.with_name(f"{destination.name}.input_amax.json")
+
+
+def _input_amax(args: argparse.Namespace) -> dict[str, float] | None:
+    amax: dict[str, float]
+    if args.input_amax:
+        amax = json.loads(args.input_amax.read_text(encoding="utf-8"))
+        return amax
+    if not args.calibrate:
+        return None
+    # An interrupted run goes on only with the very same values.
+    cache = _amax_file(args.destination)
+    text = args.calibrate.read_text(encoding="utf-8")
+    key = [str(args.source.resolve()), sha256(text.encode()).hexdigest()]
+    if cache.exists():
+        stored = json.loads(cache.read_text(encoding="utf-8"))
+        if stored["key"] == key:
+            amax = stored["input_amax"]
+            return amax
+    from nvfp4_ops.huggingface import calibrate_checkpoint
+
+    amax = calibrate_checkpoint(args.source, filter(None, text.splitlines()), device=args.device)
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    write_json(cache, {"key": key, "input_amax": amax})
+    return amax
+
+
+def _run(args: argparse.Namespace) -> int:
     if args.command == "info":
         info()
         return 0
     # A bar is for people: none where the output goes to a file.
-    progress = sys.stderr.isatty()
+    progress = sys.stderr.isatty() and find_spec("tqdm") is not None
     if args.command == "inspect":
         report = inspect_checkpoint(args.directory, progress=progress)
         if args.json:
@@ -124,19 +160,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             print_report(report)
         return 1 if report.all_problems() else 0
-    try:
-        quantize_checkpoint(
-            args.source,
-            args.destination,
-            include=args.include,
-            input_amax=args.input_amax and json.loads(args.input_amax.read_text()),
-            device=args.device,
-            progress=progress,
-        )
-    except ValueError as error:
-        print(error, file=sys.stderr)
-        return 1
+    if args.destination.exists():
+        raise ValueError(f"destination: {args.destination} exists already")
+    quantize_checkpoint(
+        args.source,
+        args.destination,
+        include=args.include,
+        input_amax=_input_amax(args),
+        device=args.device,
+        progress=progress,
+    )
+    _amax_file(args.destination).unlink(missing_ok=True)
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status, 1 if a checkpoint is refused."""
+    try:
+        return _run(_parser().parse_args(arguments))
+    except ImportError as error:
+        print(f"{error}: pip install 'nvfp4-ops[cli,hf]'", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -382,11 +382,12 @@ def test_load_experts_never_holds_two_copies(
 ) -> None:
     """Where weights are prepacked, each expert is on its own: the module is never canonical."""
     packed_at_once = []
+    prepack = ExpertProjection._prepacked
 
     def prepacked(self: ExpertProjection, codes: Tensor, block_scale: Tensor) -> Tensor:
         if not codes.is_meta:
             packed_at_once.append(codes.shape[0])
-        return nvfp4_ops.prepack_weight(codes, block_scale)
+        return prepack(self, codes, block_scale)
 
     monkeypatch.setattr(ExpertProjection, "_gains_by_prepacking", lambda self, device: True)
     monkeypatch.setattr(ExpertProjection, "_prepacked", prepacked)
@@ -397,10 +398,52 @@ def test_load_experts_never_holds_two_copies(
         expected = moe.projections()[name]
         assert projection.prepacked
         assert projection.weight_scale is None
-        both = nvfp4_ops.prepack_weight(expected.weight, expected.weight_scale)
-        assert torch.equal(projection.weight, both)
+        assert torch.equal(projection.weight, prepack(expected, *expected.canonical()))
         assert torch.equal(projection.weight_scale_2, expected.weight_scale_2)
         assert torch.equal(projection.input_scale, expected.input_scale)
+
+
+def test_load_experts_under_the_defaults_of_others(tmp_path: Path, moe: NVFP4MoE) -> None:
+    """transformers sets default dtypes and devices while it builds a model."""
+    write_checkpoint(tmp_path, expert_tensors(moe, PREFIX))
+    with torch.inference_mode():
+        assert_same_state(load_experts(tmp_path, PREFIX), moe)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            loaded = load_experts(tmp_path, PREFIX, device="cpu", activation_scale="static")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same_state(loaded, moe)
+
+
+@pytest.mark.gpu
+def test_load_experts_on_a_gpu_never_holds_two_copies(tmp_path: Path) -> None:
+    """Same bytes as through the CPU, and beside the result only the experts being read."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (32, 2 * 512, 1024), (32, 1024, 512)
+    w = [torch.randn(size, generator=generator).bfloat16() for size in sizes]
+    moe = NVFP4MoE.from_float(*w)
+    moe.first_proj.set_input_scale(torch.rand(32, 2) + 0.1)
+    moe.down_proj.set_input_scale(torch.rand(32) + 0.1)
+    write_checkpoint(tmp_path, expert_tensors(moe, PREFIX), shards=2)
+    result_bytes = sum(buffer.nbytes for buffer in moe.buffers())
+    for _ in range(2):  # Once to warm up.
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loaded = load_experts(tmp_path, PREFIX, device="cuda", activation_scale="static")
+        used = torch.cuda.max_memory_allocated() - before
+    # Prepacking an expert of 1.5 million weights takes some tens of MB, whatever their number.
+    assert used < result_bytes + 80e6
+    assert_same_state(loaded.cpu(), moe)
+    x = torch.randn(16, 1024, dtype=torch.bfloat16)
+    index, weights = nvfp4_ops.softmax_top_k(torch.randn(16, 32), 4)
+    for mode in ("static", "per_token", None):
+        loaded.cuda().activation_scale = mode
+        moe.cuda().activation_scale = mode
+        arguments = x.cuda(), index.cuda(), weights.cuda()
+        assert torch.equal(loaded(*arguments), moe(*arguments))
 
 
 def test_load_linear_reads_one_layer(tmp_path: Path) -> None:

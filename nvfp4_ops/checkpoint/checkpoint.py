@@ -22,6 +22,8 @@ def open_checkpoint(directory: str | Path) -> "Checkpoint":
 
     Reads the configs and the headers of all shards, no data.
 
+    directory: with config.json or hf_quant_config.json, and model.safetensors or shards of it.
+
     Raises:
         CheckpointError: a file is missing or broken, or the quantization is not supported.
     """

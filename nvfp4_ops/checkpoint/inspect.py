@@ -61,7 +61,7 @@ class CheckpointReport:
 def inspect_checkpoint(directory: str | Path, *, progress: bool = False) -> CheckpointReport:
     """Read every quantized tensor of the experts once and report on it; refuses nothing.
 
-    progress: show a bar (needs tqdm).
+    directory: of the checkpoint, quantized or not. progress: show a bar (needs tqdm).
     """
     try:
         checkpoint = open_checkpoint(directory)

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from threading import Lock
 from typing import TypeVar
 
 import torch
@@ -27,14 +29,22 @@ def fill(moe: NVFP4MoE, experts: Experts, device: torch.device | str | None) -> 
     Raises:
         CheckpointError: of the first expert that can not be read.
     """
+    target = torch.device(torch.get_default_device() if device is None else device)
     for projection in moe.projections().values():
-        projection.allocate(torch.get_default_device() if device is None else device)
+        projection.allocate(target)
+    # Prepacking takes several times the memory of an expert: one at a time.
+    prepacking = Lock() if moe.down_proj.prepacked else nullcontext()
+
+    # Threads do not inherit it, and what it has allocated can be written in it alone.
+    inference_mode = torch.is_inference_mode_enabled()
 
     def copy(expert: int) -> list[Tensor]:
-        *to_hidden, down = experts.read(expert)
-        moe.first_proj.copy_expert(expert, [s.weight for s in to_hidden], _bias(to_hidden))
-        moe.down_proj.copy_expert(expert, [down.weight], down.bias)
-        return [s.input_scale for s in (*to_hidden, down) if s.input_scale is not None]
+        stored = experts.read(expert)
+        *to_hidden, down = (segment.to(target) for segment in stored)
+        with torch.inference_mode(inference_mode), prepacking:
+            moe.first_proj.copy_expert(expert, [s.weight for s in to_hidden], _bias(to_hidden))
+            moe.down_proj.copy_expert(expert, [down.weight], down.bias)
+        return [s.input_scale for s in stored if s.input_scale is not None]
 
     pool = ThreadPoolExecutor(_NUM_READERS)
     try:
@@ -42,7 +52,7 @@ def fill(moe: NVFP4MoE, experts: Experts, device: torch.device | str | None) -> 
     finally:
         pool.shutdown(cancel_futures=True)
     if experts.has_input_scale:
-        scales_ES = torch.tensor(input_scales, dtype=torch.float32)
+        scales_ES = torch.tensor(input_scales, dtype=torch.float32, device="cpu")
         moe.first_proj.set_input_scale(scales_ES[:, :-1].squeeze(1))
         moe.down_proj.set_input_scale(scales_ES[:, -1])
 
