@@ -237,6 +237,54 @@ def is_first_projection(tensor: str, experts: str) -> bool:
     return experts.endswith("experts") and is_experts and parts[-1] not in ("w2", "down_proj")
 
 
+# On a GPU
+
+
+SHIPPED = Path(__file__).parent.parent / "examples" / "checkpoint"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [None, "static", "per_token", "per_tensor"], ids=str)
+@torch.no_grad()
+def test_load_pretrained_on_gpu_is_near_the_cpu(mode: str | None) -> None:
+    """A trained model: it does not amplify roundings as the random ones do."""
+    ids = torch.randint(3, 2048, (2, 64))
+    cpu, gpu = (
+        load_pretrained(SHIPPED, device=device, activation_scale=mode) for device in ("cpu", "cuda")
+    )
+    assert {tensor.device.type for tensor in (*gpu.parameters(), *gpu.buffers())} == {"cuda"}
+    got, expected = gpu(ids.cuda()).logits.cpu(), cpu(ids).logits
+    assert relative_error(got, expected) < 0.1
+    assert (got.argmax(dim=-1) == expected.argmax(dim=-1)).float().mean() > 0.9
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*W4A4, *W4A16])
+@torch.no_grad()
+def test_load_pretrained_linears_on_gpu_are_near_the_cpu(name: str) -> None:
+    ids, _ = producers_logits(name)
+    cpu, gpu = (load_pretrained(MODELS / name, device=device) for device in ("cpu", "cuda"))
+    assert relative_error(gpu(ids.cuda()).logits.cpu(), cpu(ids).logits) < 0.05
+    for name, tensor in gpu.state_dict().items():
+        assert torch.equal(tensor.cpu().view(torch.uint8), cpu.state_dict()[name].view(torch.uint8))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [None, "per_token"], ids=str)
+@torch.no_grad()
+def test_load_pretrained_generates_in_cuda_graphs(mode: str | None) -> None:
+    torch._dynamo.reset()
+    model = load_pretrained(SHIPPED, device="cuda", activation_scale=mode)
+    ids = torch.randint(3, 2048, (1, 16), device="cuda")
+    options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
+    options |= {"cache_implementation": "static", "disable_compile": True}
+    eager = model.generate(ids, **options)
+    model.forward = torch.compile(model.forward, fullgraph=True, mode="reduce-overhead")
+    compiled = model.generate(ids, **options)
+    # Inductor's attention and norms round differently: tokens may part, late.
+    assert torch.equal(compiled[:, :20], eager[:, :20])
+
+
 # What is refused
 
 
