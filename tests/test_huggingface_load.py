@@ -189,6 +189,38 @@ def test_load_pretrained_ties_weights(tmp_path: Path) -> None:
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
+def as_mxfp4(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The experts of gpt-oss, random, as OpenAI stores them: blocks of 32 with exponents."""
+    stored = {name: t for name, t in tensors.items() if "experts" not in name or "bias" in name}
+    for name in tensors.keys() - stored.keys():
+        num_experts, columns, rows = tensors[name].shape
+        shape = (num_experts, rows, columns // 32)
+        stored[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8)
+        stored[f"{name}_scales"] = torch.randint(121, 124, shape, dtype=torch.uint8)
+    return stored
+
+
+@torch.no_grad()
+def test_load_pretrained_takes_the_mxfp4_of_gpt_oss(tmp_path: Path) -> None:
+    model = build("GptOss")
+    model.save_pretrained(tmp_path)
+    tensors = as_mxfp4(load_file(tmp_path / "model.safetensors"))
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    change_config(tmp_path, quantization_config={"quant_method": "mxfp4"})
+    loaded = load_pretrained(tmp_path, dtype=torch.float32)
+    twin = decoded_twin(loaded, model)
+    # Column, then row: gpt-oss' weights are (E, K, N).
+    name = "model.layers.1.mlp.experts.down_proj"
+    codes, scales = (tensors[f"{name}_{what}"][2, 5] for what in ("blocks", "scales"))
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    signed = torch.cat([values, -values])
+    decoded = signed[torch.stack([codes & 15, codes >> 4], dim=-1).long()].flatten(1)
+    expected = decoded * torch.exp2(scales.float() - 127).unsqueeze(1)
+    assert torch.equal(twin.get_parameter(name)[2, :, 5], expected.flatten())
+    ids = torch.randint(3, hf_models.VOCABULARY, (2, 12))
+    assert relative_error(loaded(ids).logits, twin(ids).logits) < SAME
+
+
 class Words:
     """A tokenizer: a number for each letter."""
 
