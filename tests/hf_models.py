@@ -52,23 +52,45 @@ MLA: dict[str, Any] = {
 }
 GROUPS: dict[str, Any] = {"n_group": 2, "topk_group": 1, "n_shared_experts": 1}
 
+LINEAR_ATTENTION: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+}
+
 # Name of the config class, without Config, and what it takes beyond SIZES.
-FAMILIES: dict[str, dict[str, Any]] = {
+_FAMILIES: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": 4},
     "Qwen2Moe": {"num_experts": 4, "shared_expert_intermediate_size": 32, "decoder_sparse_step": 1},
     "Qwen3Moe": {"num_experts": 4, "norm_topk_prob": True, "decoder_sparse_step": 1},
     "Qwen3Next": {
         "num_experts": 4,
         "shared_expert_intermediate_size": 32,
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 2,
+        **LINEAR_ATTENTION,
+    },
+    "Qwen3_5MoeText": {
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 32,
+        **LINEAR_ATTENTION,
     },
     "Olmoe": {"num_experts": 4},
     "DeepseekV2": {**MLA, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_shared_experts": 1},
     "DeepseekV3": {**MLA, **GROUPS, "n_routed_experts": 4, "first_k_dense_replace": 1},
+    "DeepseekV4": {
+        "n_routed_experts": 4,
+        "num_local_experts": 4,
+        "n_shared_experts": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "q_lora_rank": 32,
+        "o_lora_rank": 16,
+        "o_groups": 2,
+        "qk_rope_head_dim": 16,
+        "layer_types": ["sliding_attention", "sliding_attention"],
+        "mlp_layer_types": ["hash_moe", "moe"],
+    },
     "Glm4Moe": {**GROUPS, "n_routed_experts": 4, "first_k_dense_replace": 1},
     "GptOss": {"num_local_experts": 4, "layer_types": ["sliding_attention", "full_attention"]},
     "Llama4Text": {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48},
@@ -84,6 +106,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Phimoe": {"num_local_experts": 4},
     "Ernie4_5_Moe": {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 0},
 }
+
+# Those that the installed transformers has.
+FAMILIES = {k: v for k, v in _FAMILIES.items() if hasattr(transformers, f"{k}Config")}
 
 
 def build(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> PreTrainedModel:

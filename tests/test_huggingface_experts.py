@@ -255,13 +255,20 @@ def test_replaced_model_generates_compiled_as_eager(family: str) -> None:
 @torch.no_grad()
 def test_replaced_model_calibrates_to_static() -> None:
     quantized, ids = replaced(build("Mixtral")), input_ids()
-    with pytest.raises(ValueError, match='"static" needs'):
+    moe = quantized.model.layers[0].mlp.experts
+    moe.activation_scale = "per_token"
+    with pytest.raises(ValueError, match=r'model\.layers\.0\.mlp\.experts: .*"static" needs'):
         set_activation_scale(quantized, "static")
+    assert moe.activation_scale == "per_token"
     with nvfp4_ops.calibrate(quantized):
         quantized(ids)
     set_activation_scale(quantized, "static")
     expected = hf_models.fake_quantized(quantized, "static")(ids).logits
     assert relative_error(quantized(ids).logits, expected) < 10 * SAME
+
+
+def test_families_are_found() -> None:
+    assert len(hf_models.FAMILIES) >= 14
 
 
 def test_replace_experts_refuses_and_changes_nothing() -> None:

@@ -173,7 +173,7 @@ def test_load_pretrained_family_is_its_decoded_twin(family: str, tmp_path: Path)
     model = build(family, tie_word_embeddings=family in ("Qwen3Moe", "DeepseekV3"))
     loaded = load_pretrained(save(model, tmp_path), dtype=torch.float32)
     assert count(loaded, NVFP4MoE) >= 1
-    assert count(loaded, NVFP4Linear) >= 4
+    assert count(loaded, NVFP4Linear) >= (0 if family == "DeepseekV4" else 4)
     twin = decoded_twin(loaded, model)
     for name, weight in twin.named_parameters():
         source = model.get_parameter(name)

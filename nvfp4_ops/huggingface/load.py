@@ -45,7 +45,10 @@ def load_pretrained(
     directory = Path(directory)
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory}: has no config.json; it must be a local directory")
-    config = options.pop("config", None) or AutoConfig.from_pretrained(directory)
+    trust = options.get("trust_remote_code", False)
+    config = options.pop("config", None) or AutoConfig.from_pretrained(
+        directory, trust_remote_code=trust
+    )
     config.quantization_config = {
         "quant_method": METHOD,
         "activation_scale": activation_scale,

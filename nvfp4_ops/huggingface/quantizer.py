@@ -6,6 +6,7 @@ that their tensors are not read; afterwards it streams those in as NVFP4MoE and 
 """
 
 import re
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from nvfp4_ops import format as nvfp4
@@ -226,5 +231,12 @@ def _progress(what: str, modules: dict[str, str]) -> dict[str, Any]:
 def register() -> None:
     """Make ``from_pretrained`` of transformers load ModelOpt checkpoints."""
     for method in (METHOD, MODELOPT_METHOD):
+        if method in AUTO_QUANTIZER_MAPPING:
+            warnings.warn(
+                f"transformers has a quantizer {method!r} already, which from_pretrained goes on "
+                "to use; nvfp4_ops.load_pretrained is not affected",
+                stacklevel=2,
+            )
+            continue
         register_quantization_config(method)(NVFP4Config)
         register_quantizer(method)(NVFP4Quantizer)

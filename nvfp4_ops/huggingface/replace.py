@@ -153,9 +153,17 @@ def set_activation_scale(model: nn.Module, mode: ActivationScale | None) -> None
     """Run every NVFP4MoE and NVFP4Linear of ``model`` with ``mode``.
 
     Raises:
-        ValueError: an unknown mode, or "static" where a module has no input scales; the modules
-            before that one have been set.
+        ValueError: an unknown mode, or "static" and a module has no input scales; the message
+            names it, and nothing is changed.
     """
-    for module in model.modules():
-        if isinstance(module, NVFP4MoE | NVFP4Linear):
+    before: list[tuple[NVFP4MoE | NVFP4Linear, ActivationScale | None]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, NVFP4MoE | NVFP4Linear):
+            continue
+        before.append((module, module.activation_scale))
+        try:
             module.activation_scale = mode
+        except ValueError as error:
+            for changed, previous in before:
+                changed.activation_scale = previous
+            raise ValueError(f"{name}: {error}") from error
