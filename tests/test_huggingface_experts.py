@@ -3,6 +3,7 @@
 import copy
 import importlib
 import re
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 import nvfp4_ops
 from nvfp4_ops import NVFP4MoE
-from nvfp4_ops.huggingface import replace_experts, set_activation_scale
+from nvfp4_ops.huggingface import replace, replace_experts, set_activation_scale
 from nvfp4_ops.huggingface.families import experts_spec
 from nvfp4_ops.huggingface.replace import quantize_experts
 
@@ -207,6 +208,21 @@ def test_replaced_model_quantizes_activations() -> None:
     assert relative_error(got, expected) < 10 * SAME
     set_activation_scale(quantized, None)
     assert relative_error(quantized(ids).logits, got) > 0.01
+
+
+def test_replace_experts_drops_each_layers_float_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("Mixtral")
+    weights = [weakref.ref(layer.mlp.experts.gate_up_proj) for layer in model.model.layers]
+    alive = []
+
+    def count_alive(*args: Any) -> NVFP4MoE:
+        alive.append(sum(weight() is not None for weight in weights))
+        return quantize_experts(*args)
+
+    monkeypatch.setattr(replace, "quantize_experts", count_alive)
+    replace_experts(model)
+    assert alive == [2, 1]
+    assert all(weight() is None for weight in weights)
 
 
 @torch.no_grad()
