@@ -8,6 +8,7 @@ logits by percents. So bits are compared where every rounding is the producer's,
 import copy
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,20 +151,20 @@ def test_load_pretrained_compiles_and_generates(name: str) -> None:
 # Other families, quantized here
 
 
-QUANTIZED = (
-    "*.experts.*",
-    "*.experts",
-    "*self_attn*",
-    "*shared_expert*_proj",
-)
+QUANTIZED = ("*.experts.*", "*.experts", "*self_attn.[qkvo]*_proj", "*shared_expert*_proj")
 # Checkpoints of GraniteMoe have experts under names of their own.
 LOADED = [family for family in hf_models.FAMILIES if family != "GraniteMoe"]
 
 
-def save(model: PreTrainedModel, directory: Path, **options: Any) -> Path:
+def save(
+    model: PreTrainedModel,
+    directory: Path,
+    include: Sequence[str] = QUANTIZED,
+    **options: Any,
+) -> Path:
     """An NVFP4 checkpoint of a float model, with the names of the hub."""
     model.save_pretrained(directory / "float")
-    quantize_checkpoint(directory / "float", directory / "nvfp4", include=QUANTIZED, **options)
+    quantize_checkpoint(directory / "float", directory / "nvfp4", include=include, **options)
     return directory / "nvfp4"
 
 
@@ -171,7 +172,8 @@ def save(model: PreTrainedModel, directory: Path, **options: Any) -> Path:
 @torch.no_grad()
 def test_load_pretrained_family_is_its_decoded_twin(family: str, tmp_path: Path) -> None:
     model = build(family, tie_word_embeddings=family in ("Qwen3Moe", "DeepseekV3"))
-    loaded = load_pretrained(save(model, tmp_path), dtype=torch.float32)
+    include = QUANTIZED[:2] if family == "DeepseekV4" else QUANTIZED
+    loaded = load_pretrained(save(model, tmp_path, include), dtype=torch.float32)
     assert count(loaded, NVFP4MoE) >= 1
     assert count(loaded, NVFP4Linear) >= (0 if family == "DeepseekV4" else 4)
     twin = decoded_twin(loaded, model)
@@ -401,7 +403,11 @@ def test_load_pretrained_refuses_broken_tensors(
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_local_experts": 4}, "num_experts is 8 in the checkpoint, 4 in the model"),
+        # Transformers before 5.18 takes routers of any size; then those are found first.
+        (
+            {"num_local_experts": 4},
+            r"num_experts is 8 in the checkpoint, 4 in the model|gate\.weight must be \(4, 128\)",
+        ),
         ({"intermediate_size": 32}, "intermediate_size is 64 in the checkpoint, 32 in the model"),
         ({"num_hidden_layers": 1}, r"layers\.1.*has no such layer"),
     ],
@@ -413,6 +419,25 @@ def test_load_pretrained_refuses_another_config(
     change_config(broken, **changes)
     with pytest.raises(ValueError, match=message):
         load_pretrained(broken)
+
+
+def test_load_pretrained_refuses_linears_that_are_more(broken: Path) -> None:
+    """A router is a linear layer, too, but not only that."""
+    from transformers.models.mixtral import modeling_mixtral
+
+    class Scaled(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    class Attention(modeling_mixtral.MixtralAttention):
+        def __init__(self, config: Any, layer_idx: int) -> None:
+            super().__init__(config, layer_idx)
+            self.o_proj = Scaled(128, 128, bias=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_mixtral, "MixtralAttention", Attention)
+        with pytest.raises(CheckpointError, match=r"o_proj is a Scaled, which does more"):
+            load_pretrained(broken)
 
 
 def test_load_pretrained_refuses_static_without_input_scales() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
+from transformers.core_model_loading import build_glob_alternation
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
     AUTO_QUANTIZER_MAPPING,
@@ -65,7 +66,10 @@ class NVFP4Config(QuantizationConfigMixin):
 
 @dataclass
 class _Plan:
-    """What is left to load: NVFP4 modules by the model's names, and their checkpoint names."""
+    """What is left to load: NVFP4 modules by the model's names, and their checkpoint names.
+
+    sizes: (N, K) of the linears. floats: shape and dtype of what transformers is to load.
+    """
 
     checkpoint: Checkpoint
     dtype: torch.dtype
@@ -73,6 +77,7 @@ class _Plan:
     experts: dict[str, str] = field(default_factory=dict)
     linears: dict[str, str] = field(default_factory=dict)
     sizes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    floats: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
 
 
 class _Pending(nn.Module):
@@ -114,11 +119,13 @@ class NVFP4Quantizer(HfQuantizer):
         )
         for name in (*plan.experts, *plan.linears):
             model.set_submodule(name, _Pending())
+        plan.floats = _float_tensors(model, plan.dtype)
         self._plan = plan
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         plan, self._plan = self._plan, None
         assert plan is not None
+        _settle_floats(model, plan)
         config = self.quantization_config
         if config.device is not None:
             nn.Module.to(model, config.device)
@@ -159,6 +166,11 @@ def _make_plan(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtyp
             )
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
+        if type(linear).forward is not nn.Linear.forward:
+            raise CheckpointError(
+                f"{checkpoint.directory}: {prefix} is quantized, but the model's {name} is a "
+                f"{type(linear).__name__}, which does more than multiply: not supported"
+            )
         if linear.out_features % nvfp4.BLOCK_SIZE:
             raise CheckpointError(
                 f"{checkpoint.directory}: {prefix} has {linear.out_features} rows; NVFP4 layers "
@@ -182,6 +194,39 @@ def _refuse_other_formats(plan: _Plan, names: ModelNames) -> None:
                 f"{plan.checkpoint.directory}: {name} is {dtype}, but belongs to no NVFP4 layer "
                 "of the model: mixed formats are not supported"
             )
+
+
+def _float_tensors(
+    model: PreTrainedModel, dtype: torch.dtype
+) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    """Shape and dtype that each tensor of the state dict is to have."""
+    fp32 = model._get_dtype_plan(dtype)
+    pattern = build_glob_alternation(list(fp32))[0] if fp32 else None
+    return {
+        name: (
+            tensor.shape,
+            torch.float32 if pattern is not None and pattern.search(name) else tensor.dtype,
+        )
+        for name, tensor in model.state_dict().items()
+        if tensor.is_floating_point()
+    }
+
+
+def _settle_floats(model: PreTrainedModel, plan: _Plan) -> None:
+    """Check shapes and cast: transformers up to 5.17 does neither for a quantized checkpoint.
+
+    It takes any shape, and leaves tensors that it has renamed in the checkpoint's dtype.
+    """
+    tensors = model.state_dict(keep_vars=True)
+    for name, (shape, dtype) in plan.floats.items():
+        tensor = tensors[name]
+        if tensor.shape != shape:
+            raise CheckpointError(
+                f"{plan.checkpoint.directory}: {name} must be {tuple(shape)}, "
+                f"got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != dtype:
+            tensor.data = tensor.data.to(dtype)
 
 
 def _any_layer(model: PreTrainedModel, name: str) -> str:
