@@ -31,7 +31,13 @@ from tiny_moe.evaluate import evaluate, token_batches
 from tiny_moe.generate import generate
 from tiny_moe.model import TinyMoe
 from tiny_moe.quantized import MODES, bf16_experts, quantize, save_quantized, use_mode
-from tiny_moe.tokenizer import encode_stream, stream_text, token_bytes, train_tokenizer
+from tiny_moe.tokenizer import (
+    encode_stream,
+    save_tokenizer,
+    stream_text,
+    token_bytes,
+    train_tokenizer,
+)
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -312,7 +318,7 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
 
     corpus = read_corpus(arguments.text, config.vocab_size)
-    corpus.tokenizer.save(str(arguments.out / "tokenizer.json"), pretty=False)
+    save_tokenizer(corpus.tokenizer, arguments.out)
     print("corpus:", ", ".join(f"{name} {count:,}" for name, count in corpus.facts.items()))
 
     model, curve = train(config, corpus, recipe, device)

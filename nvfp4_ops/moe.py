@@ -119,7 +119,7 @@ class NVFP4MoE(nn.Module):
         self.down_proj = ExpertProjection(
             num_experts, hidden_size, intermediate_size, bias=bias, device=device, dtype=dtype
         )
-        self._activation_scale = _check_activation_scale(activation_scale)
+        self._activation_scale = check_activation_scale(activation_scale)
         if activation_scale == "static":
             for projection in self.projections().values():
                 projection.reserve_input_scale()
@@ -228,7 +228,7 @@ class NVFP4MoE(nn.Module):
 
     @activation_scale.setter
     def activation_scale(self, mode: ActivationScale | None) -> None:
-        if _check_activation_scale(mode) == "static":
+        if check_activation_scale(mode) == "static":
             for name, projection in self.projections().items():
                 projection.check_input_scale(name)
         self._activation_scale = mode
@@ -342,7 +342,8 @@ def _fused_activation(
     return Activation(_FUSED[activation, gated], limit)
 
 
-def _check_activation_scale(mode: ActivationScale | None) -> ActivationScale | None:
+def check_activation_scale(mode: ActivationScale | None) -> ActivationScale | None:
+    """The mode, if it is one."""
     if mode is not None and mode not in ACTIVATION_SCALES:
         raise ValueError(
             f"activation_scale: must be None or one of {ACTIVATION_SCALES}, got {mode!r}"

@@ -116,6 +116,48 @@ def test_train_tiny_moe_learns_and_exports(tmp_path: Path, monkeypatch: pytest.M
     )
 
 
+@torch.no_grad()
+def test_shipped_model_is_transformers_own() -> None:
+    """The model of examples/ and that of transformers are two implementations of one checkpoint."""
+    pytest.importorskip("transformers")
+    from nvfp4_ops.huggingface import load_pretrained, set_activation_scale
+
+    theirs = load_pretrained(demo.CHECKPOINT, dtype=torch.float32)
+    ours = load_quantized(demo.CHECKPOINT, **CPU)
+    ids = torch.tensor([load_tokenizer(demo.CHECKPOINT).encode(demo.PROMPT).ids])
+    for mode in (None, "static"):
+        set_activation_scale(theirs, mode)
+        use_mode(ours, mode)
+        torch.testing.assert_close(theirs(ids).logits, ours(ids), rtol=1e-3, atol=1e-3)
+
+
+def test_shipped_tokenizer_is_what_transformers_uses() -> None:
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo.CHECKPOINT)
+    ids = tokenizer(demo.PROMPT)["input_ids"]
+    assert ids == load_tokenizer(demo.CHECKPOINT).encode(demo.PROMPT).ids
+    assert tokenizer.decode(ids) == demo.PROMPT
+
+
+def test_hugging_face_examples_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("transformers")
+    import generate_compiled
+    import load_pretrained
+    import replace_experts
+
+    torch._dynamo.reset()
+    replace_experts.main()
+    assert "2 layers, the last: NVFP4MoE(" in capsys.readouterr().out
+    load_pretrained.main()
+    assert "def read_lines(path" in capsys.readouterr().out
+    monkeypatch.setattr(generate_compiled, "NEW_TOKENS", 3)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    generate_compiled.main()
+    assert capsys.readouterr().out.count("tokens/s") == 2
+
+
 def test_readme_example_runs() -> None:
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8")
     code = readme.split("```python\n")[1].split("```")[0]

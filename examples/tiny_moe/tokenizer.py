@@ -4,6 +4,7 @@ Text is first cut so that a line break and the indentation after it stay one pie
 becomes one token, and the model spends no step on counting spaces.
 """
 
+import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -42,6 +43,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Write `tokenizer.json`, and what makes transformers use it as it is.
+
+    Without the second file it would split text as the tokenizer of Qwen does, by the model's type.
+    """
+    tokenizer.save(str(directory / "tokenizer.json"), pretty=False)
+    config = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2)
+    (directory / "tokenizer_config.json").write_text(f"{config}\n", encoding="utf-8")
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
