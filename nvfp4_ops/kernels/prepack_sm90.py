@@ -3,7 +3,7 @@
 A block is 64 rows x 128 columns in 4608 contiguous bytes: one bulk copy brings it, one
 conflict-free 16-byte load a thread fetches the codes of 64 x 64, and four integer operations turn a
 word of eight codes into bf16 operands of wgmma. Rows come in one of two orders, and the rank of
-prepacked weights says in which, N' and K' being padded to multiples of 128:
+prepacked weights says in which, N' being padded to a multiple of 64 and K' to one of 128:
 
 plain, (E, N'/64, K'/128, 4608) uint8: as they are.
 gated, (E, F'/64, 2, K'/128, 4608) uint8: N = 2 F rows, the gate's F and the up projection's F, each
@@ -30,8 +30,6 @@ from nvfp4_ops import format as nvfp4
 BLOCK_ROWS, BLOCK_COLUMNS = 64, 128
 CODE_BYTES, SCALE_BYTES = 4096, 512
 BLOCK_BYTES = CODE_BYTES + SCALE_BYTES
-# Tiles of a kernel have one or more blocks of rows; padding to two leaves it the choice.
-ROW_PADDING, COLUMN_PADDING = 128, 128
 # Rows 16 w + 8 r + g of a block, the unit in which wgmma deals them to the registers of a thread.
 ROW_GROUPS, ROW_HALVES, ROWS_PER_GROUP = 4, 2, 8
 PLAIN_RANK, GATED_RANK = 4, 5
@@ -51,12 +49,8 @@ _E4M3_EXPONENT_BIAS, _PACKED_EXPONENT_BIAS = 7, 22
 def padded_size(n: int, k: int, *, gated: bool = False) -> tuple[int, int]:
     """N' and K'; gate and up rows are padded each."""
     segments = 2 if gated else 1
-    segment_padding = ROW_PADDING // segments
-    padded_segment = nvfp4.ceil_div(n // segments, segment_padding) * segment_padding
-    return (
-        segments * padded_segment,
-        nvfp4.ceil_div(k, COLUMN_PADDING) * COLUMN_PADDING,
-    )
+    padded_segment = nvfp4.ceil_div(n // segments, BLOCK_ROWS) * BLOCK_ROWS
+    return (segments * padded_segment, nvfp4.ceil_div(k, BLOCK_COLUMNS) * BLOCK_COLUMNS)
 
 
 def prepacked_shape(num_experts: int, n: int, k: int, *, gated: bool = False) -> tuple[int, ...]:

@@ -52,10 +52,10 @@ _op = register(
 def prepack_weight(codes: Tensor, block_scale: Tensor, *, gated: bool = False) -> Tensor:
     """Rearrange weights into blocks that Hopper's grouped mm loads and decodes without a shuffle.
 
-    Still 4.5 bits a weight, N and K padded to multiples of 128. Values are kept exactly; of the
-    bytes, only codes under a zero block scale and the split of a sign between code and (negative)
-    scale are not. Offline work: a Hopper GPU does it about as fast as it copies, others expert by
-    expert.
+    Still 4.5 bits a weight, N padded to a multiple of 64 and K to one of 128. Values are kept
+    exactly; of the bytes, only codes under a zero block scale and the split of a sign between code
+    and (negative) scale are not. Offline work: a Hopper GPU does it about as fast as it copies,
+    others expert by expert.
 
     Args:
         codes: (E, N, K / 2) uint8; N and K multiples of 16.
