@@ -48,7 +48,7 @@ class ExpertProjection(nn.Module):
     static_alpha: Tensor | None
     bias: Tensor | None
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a projection has this many properties
         self,
         num_experts: int,
         num_rows: int,

@@ -1,7 +1,8 @@
 """Rows to NVFP4 with a global scale of each row, found and used in one pass over memory.
 
-To codes and block scales, or to the values these stand for in bf16. Portable CuTe DSL. A row stays in the registers of its warps between its maximum and its codes, so
-rows are limited; ``amax`` and ``quantize_rows`` do any row in two passes.
+To codes and block scales, or to the values these stand for, in bf16. Portable CuTe DSL. A row stays
+in the registers of its warps between its maximum and its codes, so rows are limited; ``amax`` and
+``quantize_rows`` do any row in two passes.
 """
 
 from collections.abc import Callable

@@ -93,9 +93,9 @@ class QuantizeKernel:
     With ``values``: out = round_nvfp4(act(x), global_scale, offs, token_of_row) instead.
 
     A lane quantizes a block at a time: it loads the 16 elements with 16-byte loads and stores 8
-    bytes of codes and a scale byte, or 32 bytes of values. Linear, a warp has 64 contiguous blocks of a row. Swizzled, it
-    has 16 contiguous blocks of the rows l, l + 32, l + 64, l + 96 of a tile, whose scales are whole
-    lines of 16 bytes; pads are zeroed by the same stores.
+    bytes of codes and a scale byte, or 32 bytes of values. Linear, a warp has 64 contiguous blocks
+    of a row. Swizzled, it has 16 contiguous blocks of the rows l, l + 32, l + 64, l + 96 of a tile,
+    whose scales are whole lines of 16 bytes; pads are zeroed by the same stores.
 
     Grid: linear, rows x column steps. Swizzled, lines x column steps; with offs, CTAs walk the
     lines, as each has to find the experts' tiles first. Rows of no expert are not read.
@@ -289,7 +289,8 @@ class QuantizeKernel:
         """Quantize this lane's blocks of a row: first_col, + lanes, + cols_per_step and so on.
 
         x_row: its row of x. valid: False where codes are not to be stored and scales are zero.
-        sf_row: address of the row's first scale, None of values. expert: of the row, None where it is to be looked up.
+        sf_row: address of the row's first scale, None of values. expert: of the row, None where it
+        is to be looked up.
         """
         num_cols = Int32(mOut.shape[1]) // self.out_size
         block_bytes = self.blocks.block_bytes

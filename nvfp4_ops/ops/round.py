@@ -107,7 +107,7 @@ def round_nvfp4(
     *,
     token_of_row: Tensor | None = None,
 ) -> Tensor:
-    """Round rows to NVFP4 values over the global scale: what their codes and block scales stand for.
+    """Round rows to NVFP4 values, without the global scale: what codes and block scales mean.
 
     With y = permute(x, token_of_row) where that is given, else x, bit for bit but for the payload
     of NaNs:
