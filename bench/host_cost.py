@@ -61,6 +61,7 @@ def make_calls(device: str) -> dict[str, Callable[[], object]]:
     index, weights = nvfp4_ops.softmax_top_k(logits, TOP_K)
     offs, token_of_row, row_of_slot = nvfp4_ops.sort_by_expert(index, EXPERTS)
     rows = nvfp4_ops.permute(x, token_of_row)
+    scale = nvfp4_ops.global_scale(x)
     row_scale = nvfp4_ops.global_scale(rows, per_token=True)
     codes, sf = nvfp4_ops.quantize_nvfp4(rows, row_scale)
     swizzled = nvfp4_ops.swizzle_sf(sf)
@@ -73,6 +74,8 @@ def make_calls(device: str) -> dict[str, Callable[[], object]]:
     return {
         "global_scale per_token": lambda: nvfp4_ops.global_scale(rows, per_token=True),
         "quantize_nvfp4": lambda: nvfp4_ops.quantize_nvfp4(rows, row_scale),
+        "round_nvfp4": lambda: nvfp4_ops.round_nvfp4(x, scale, token_of_row=token_of_row),
+        "round_per_token_nvfp4": lambda: nvfp4_ops.round_per_token_nvfp4(rows, offs),
         "dequantize_nvfp4": lambda: nvfp4_ops.dequantize_nvfp4(codes, sf, row_scale),
         "swizzle_sf": lambda: nvfp4_ops.swizzle_sf(sf),
         "unswizzle_sf": lambda: nvfp4_ops.unswizzle_sf(swizzled, tuple(sf.shape)),

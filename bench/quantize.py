@@ -160,6 +160,22 @@ def quantize_cases(rows: int, k: int) -> Iterator[Case]:
         rows_of(k),
         nvfp4_ops.quantize_per_token_nvfp4,
     )
+    yield Case(
+        f"round_nvfp4, {NUM_EXPERTS} experts",
+        rows,
+        k,
+        4 * k,
+        rows_of(k),
+        lambda x: nvfp4_ops.round_nvfp4(x, scale(x), offs(x)),
+    )
+    yield Case(
+        "round_per_token_nvfp4",
+        rows,
+        k,
+        4 * k + 4,
+        rows_of(k),
+        nvfp4_ops.round_per_token_nvfp4,
+    )
     yield Case("global_scale", rows, k, 2 * k, rows_of(k), nvfp4_ops.global_scale)
     yield Case(
         "global_scale per token",

@@ -21,6 +21,8 @@ from nvfp4_ops.ops import (
     prepack_weight,
     quantize_nvfp4,
     quantize_per_token_nvfp4,
+    round_nvfp4,
+    round_per_token_nvfp4,
     swizzle_sf,
     unswizzle_sf,
 )
@@ -65,6 +67,8 @@ __all__ = [
     "quantize_nvfp4",
     "quantize_per_token_nvfp4",
     "quantize_weight",
+    "round_nvfp4",
+    "round_per_token_nvfp4",
     "router_logits",
     "sigmoid_top_k",
     "softmax_top_k",

@@ -12,6 +12,8 @@ HAVE_KERNELS = {
     "quantize_nvfp4": "",
     "activate_and_quantize_nvfp4": "",
     "quantize_per_token_nvfp4": "",
+    "round_nvfp4": "",
+    "round_per_token_nvfp4": "",
     "global_scale": " (a multiple of 16 elements, or of 16 a row; else the reference)",
     "dequantize_nvfp4": "",
     "swizzle_sf": "",

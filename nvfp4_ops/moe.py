@@ -1,14 +1,14 @@
 """NVFP4MoE: the experts of a Mixture-of-Experts layer with NVFP4 weights, as one nn.Module.
 
 T tokens, K = top_k, R = T * K routed rows, E experts, D hidden, F intermediate (suffixes of the
-tensor names below). Flow: sort by expert -> (quantize) -> permute -> grouped mm gate_up with the
-activation -> (quantize) -> grouped mm down -> combine. Every step is one op, so that a compiled
+tensor names below). Flow: sort by expert -> permute (and round to NVFP4) -> grouped mm gate_up with
+the activation -> (round) -> grouped mm down -> combine. Every step is one op, so that a compiled
 graph computes the very bits of eager mode.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from nvfp4_ops import format as nvfp4
 from nvfp4_ops.activation import Activation
 from nvfp4_ops.calibration import AmaxObserver
-from nvfp4_ops.ops import global_scale, quantize_nvfp4
-from nvfp4_ops.projection import ExpertProjection, QuantizedRows
+from nvfp4_ops.ops import global_scale, round_nvfp4, round_per_token_nvfp4
+from nvfp4_ops.projection import ExpertProjection
 from nvfp4_ops.registry import check_shape
 from nvfp4_ops.routing import combine, permute, sort_by_expert
 from nvfp4_ops.weight import quantize_weight
@@ -34,6 +34,18 @@ _FUSED = {
     ("relu2", False): "relu2",
     ("swiglu_oai", True): "swiglu_oai",
 }
+_NO_ACTIVATION = Activation()
+
+
+class _Operand(NamedTuple):
+    """Rows as a projection multiplies them, and the global scales of the products.
+
+    rows: (R, K). alpha: as ``weight_scale_2``, which it includes. row_scale: (R, 1) or None.
+    """
+
+    rows: Tensor
+    alpha: Tensor
+    row_scale: Tensor | None = None
 
 
 class NVFP4MoE(nn.Module):
@@ -110,6 +122,7 @@ class NVFP4MoE(nn.Module):
             hidden_size,
             num_segments=segments,
             gated=self._fused.gated,
+            shared_input_scale=True,
             bias=bias,
             device=device,
             dtype=dtype,
@@ -274,48 +287,47 @@ class NVFP4MoE(nn.Module):
                 f"got {index_TK.shape[0]}"
             )
         offs_E, token_of_row_R, row_of_slot_TK = sort_by_expert(index_TK, self.num_experts)
-        routed = self._quantize_tokens(x_TD, token_of_row_R)
-        hidden_RF = self.first_proj(routed, offs_E, self._fused, x_TD.dtype)
+        first, down = self.first_proj, self.down_proj
+        routed = self._operand(first, x_TD, token_of_row_R=token_of_row_R)
+        hidden_RF = first(*routed, offs_E, self._fused, x_TD.dtype)
         if callable(self.activation):
             # It may turn the zeros of rows without an expert into something else.
             row_R1 = torch.arange(hidden_RF.shape[0], device=hidden_RF.device).unsqueeze(1)
             hidden_RF = torch.where(row_R1 < offs_E[-1], self.activation(hidden_RF), 0)
         if self._observer is not None:
             self._observer.observe(x_TD, hidden_RF, offs_E)
-        down_rows = self._quantize_rows(hidden_RF, offs_E)
-        out_RD = self.down_proj(down_rows, offs_E, Activation(), x_TD.dtype)
+        hidden = self._operand(down, hidden_RF, offs_E)
+        out_RD = down(*hidden, offs_E, _NO_ACTIVATION, x_TD.dtype)
         return combine(out_RD, row_of_slot_TK, weights_TK).reshape(hidden_states.shape)
 
-    def _quantize_tokens(self, x_TD: Tensor, token_of_row_R: Tensor) -> QuantizedRows:
-        """Each token is quantized once, then its bytes are copied to its rows."""
-        mode = self._activation_scale
-        if mode is None:
-            return QuantizedRows(permute(x_TD, token_of_row_R))
-        if mode == "static":
-            assert self.first_proj.input_scale is not None
-            # One scale for all experts of a token: the largest clips none.
-            scale = self.first_proj.input_scale.amax()
-        else:
-            scale = global_scale(x_TD, per_token=mode == "per_token")
-        codes_TD, sf_TD = quantize_nvfp4(x_TD, scale)
-        codes_RD, sf_RD = permute(codes_TD, token_of_row_R), permute(sf_TD, token_of_row_R)
-        if mode == "per_token":
-            return QuantizedRows(codes_RD, sf_RD, row_scale=permute(scale, token_of_row_R))
-        return QuantizedRows(codes_RD, sf_RD, scale)
+    def _operand(
+        self,
+        projection: ExpertProjection,
+        x: Tensor,
+        offs_E: Tensor | None = None,
+        token_of_row_R: Tensor | None = None,
+    ) -> _Operand:
+        """What ``projection`` multiplies: x (R, K), or the tokens x (T, K) of the routed rows.
 
-    def _quantize_rows(self, hidden_RF: Tensor, offs_E: Tensor) -> QuantizedRows:
+        The one place that decides in which form rows are quantized. Every grouped mm multiplies
+        e2m1 * block scale, so rows are rounded to these values; codes, which tensor cores with FP4
+        would take, are never made.
+        """
         mode = self._activation_scale
         if mode is None:
-            return QuantizedRows(hidden_RF)
-        if mode == "static":
-            assert self.down_proj.input_scale is not None
-            scale = self.down_proj.input_scale
-        else:
-            scale = global_scale(hidden_RF, per_token=mode == "per_token")
-        codes, sf = quantize_nvfp4(hidden_RF, scale, offs_E)
+            rows = x if token_of_row_R is None else permute(x, token_of_row_R)
+            return _Operand(rows, projection.weight_scale_2)
         if mode == "per_token":
-            return QuantizedRows(codes, sf, row_scale=scale)
-        return QuantizedRows(codes, sf, scale)
+            rows, row_scale = round_per_token_nvfp4(x, offs_E, token_of_row=token_of_row_R)
+            return _Operand(rows, projection.weight_scale_2, row_scale)
+        if mode == "static":
+            scale, alpha = projection.static_scale, projection.static_alpha
+            assert scale is not None
+            assert alpha is not None
+        else:
+            scale = global_scale(x)
+            alpha = projection.weight_scale_2 * scale
+        return _Operand(round_nvfp4(x, scale, offs_E, token_of_row=token_of_row_R), alpha)
 
     def extra_repr(self) -> str:
         activation = self.activation if isinstance(self.activation, str) else "callable"

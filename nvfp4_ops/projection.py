@@ -1,7 +1,7 @@
 """One projection of all experts: its NVFP4 weight, its scales, and how they are kept safe."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -11,19 +11,6 @@ from nvfp4_ops import kernels
 from nvfp4_ops.activation import Activation
 from nvfp4_ops.ops import grouped_scaled_mm, prepack_weight
 from nvfp4_ops.weight import NVFP4Weight
-
-
-class QuantizedRows(NamedTuple):
-    """Operand A of a grouped mm: with ``sf`` None the float rows themselves.
-
-    a: (R, K / 2) codes with sf (R, K / 16), or (R, K).
-    scale: () or (E,) global scale that goes into alpha. row_scale: (R, 1) of each row.
-    """
-
-    a: Tensor
-    sf: Tensor | None = None
-    scale: Tensor | None = None
-    row_scale: Tensor | None = None
 
 
 class ExpertProjection(nn.Module):
@@ -37,6 +24,10 @@ class ExpertProjection(nn.Module):
     bias            (E, N)              or None
     ==============  ==================  ========================================================
 
+    Derived from these whenever a method here writes them, and in no state dict: ``static_scale``,
+    which static rows are rounded with, and ``static_alpha``, what their products are multiplied
+    by. Both are None without input scales.
+
     ``.to(dtype)`` and the like cast the bias alone: ``model.to(torch.bfloat16)`` means the rest of
     the model. Loading a state dict checks dtypes and input scales rather than casting.
 
@@ -45,15 +36,19 @@ class ExpertProjection(nn.Module):
     unpack by themselves, and the state dict is canonical either way.
 
     gated: the rows are a gate's and an up projection's, for a fused gated activation.
+    shared_input_scale: all experts' rows are rounded with the largest input scale, which clips
+    none, rather than with their own.
     """
 
     weight: Tensor
     weight_scale: Tensor | None
     weight_scale_2: Tensor
     input_scale: Tensor | None
+    static_scale: Tensor | None
+    static_alpha: Tensor | None
     bias: Tensor | None
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - a projection has this many properties
         self,
         num_experts: int,
         num_rows: int,
@@ -61,6 +56,7 @@ class ExpertProjection(nn.Module):
         *,
         num_segments: int = 1,
         gated: bool = False,
+        shared_input_scale: bool = False,
         bias: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.bfloat16,
@@ -68,6 +64,7 @@ class ExpertProjection(nn.Module):
         super().__init__()
         self.num_segments = num_segments
         self.gated = gated
+        self.shared_input_scale = shared_input_scale
         self.num_rows, self.num_columns = num_rows, num_columns
         lead = (num_experts, num_rows)
         # Zero codes and scales: without weights loaded the projection multiplies by zero.
@@ -78,6 +75,7 @@ class ExpertProjection(nn.Module):
         self.register_buffer("weight_scale", sf.view(torch.float8_e4m3fn))
         self.register_buffer("weight_scale_2", self._squeeze(global_scale))
         self.register_buffer("input_scale", None)
+        self._derive_static()
         bias_EN = torch.zeros(lead, dtype=dtype, device=device) if bias else None
         self.register_buffer("bias", bias_EN)
 
@@ -96,22 +94,22 @@ class ExpertProjection(nn.Module):
 
     def forward(
         self,
-        rows: QuantizedRows,
+        rows_RK: Tensor,
+        alpha: Tensor,
+        row_scale_R1: Tensor | None,
         offs_E: Tensor,
         activation: Activation,
         out_dtype: torch.dtype,
     ) -> Tensor:
-        alpha = self.weight_scale_2
-        if rows.scale is not None:
-            alpha = alpha * rows.scale
+        """Float rows times each one's expert; alpha as ``weight_scale_2``, which it includes."""
         return grouped_scaled_mm(
-            rows.a,
+            rows_RK,
             self.weight,
-            rows.sf,
+            None,
             self.weight_scale,
             alpha,
             offs_E,
-            row_scale=rows.row_scale,
+            row_scale=row_scale_R1,
             bias=self.bias,
             activation=activation,
             out_dtype=out_dtype,
@@ -174,6 +172,7 @@ class ExpertProjection(nn.Module):
         sf = self.weight_scale.view(torch.uint8)
         sf[expert, rows] = weight.block_scale.view(torch.uint8).to(sf.device)
         self.segment(self.weight_scale_2)[expert, segment] = weight.global_scale.to(sf.device)
+        self._derive_static()
 
     @torch.no_grad()
     def copy_expert(
@@ -196,6 +195,16 @@ class ExpertProjection(nn.Module):
         self.weight[expert] = self._prepacked(codes[None], block_scale[None])[0]
         global_scale = torch.stack([weight.global_scale for weight in segments])
         self.segment(self.weight_scale_2)[expert] = global_scale.to(device)
+        self._derive_static()
+
+    def _derive_static(self) -> None:
+        """Once, not in every forward: a product of E numbers costs a decoding step a launch."""
+        scale = alpha = None
+        if self.input_scale is not None:
+            scale = self.input_scale.amax() if self.shared_input_scale else self.input_scale
+            alpha = self.weight_scale_2 * scale
+        self.register_buffer("static_scale", scale, persistent=False)
+        self.register_buffer("static_alpha", alpha, persistent=False)
 
     def reserve_input_scale(self) -> None:
         """Make room for input scales to be loaded.
@@ -204,6 +213,7 @@ class ExpertProjection(nn.Module):
         """
         nan = torch.full_like(self.weight_scale_2, torch.nan)
         self.register_buffer("input_scale", nan)
+        self._derive_static()
 
     def set_input_scale(self, scale: Tensor) -> None:
         """Set the static input scale, shaped like ``weight_scale_2``.
@@ -218,6 +228,7 @@ class ExpertProjection(nn.Module):
         _check_scale("input_scale", scale)
         device = self.weight.device
         self.register_buffer("input_scale", scale.detach().to(device, torch.float32, copy=True))
+        self._derive_static()
 
     def check_input_scale(self, name: str) -> None:
         """Raise ValueError unless there are input scales, positive and finite."""
@@ -275,6 +286,7 @@ class ExpertProjection(nn.Module):
             self.reserve_input_scale()
         if not error_msgs:
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+            self._derive_static()
         if was_prepacked:
             self.prepack()
 

@@ -166,6 +166,34 @@ def quantize_per_token_nvfp4(
     return *quantize_nvfp4(activated, row_scale, offs, swizzled), row_scale
 
 
+def gather_rows(x: Tensor, token_of_row: Tensor) -> Tensor:
+    """(R, K): row token_of_row[r] of x (T, K), zeros for -1."""
+    # -1 is the row of zeros that is appended.
+    return torch.cat([x, x.new_zeros((1, x.shape[1]))])[token_of_row.long()]
+
+
+def round_nvfp4(
+    x: Tensor,
+    global_scale: Tensor,
+    offs: Tensor | None = None,
+    token_of_row: Tensor | None = None,
+) -> Tensor:
+    rows = x if token_of_row is None else gather_rows(x, token_of_row)
+    values = decode_blocks(*quantize_nvfp4(rows, global_scale, offs), torch.bfloat16)
+    if token_of_row is not None:
+        # Zeros over a scale of NaN are NaN.
+        values = torch.where((token_of_row >= 0).unsqueeze(-1), values, 0)
+    return values
+
+
+def round_per_token_nvfp4(
+    x: Tensor, offs: Tensor | None = None, token_of_row: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    rows = x if token_of_row is None else gather_rows(x, token_of_row)
+    codes, block_scale, row_scale = quantize_per_token_nvfp4(rows, Activation(), offs)
+    return decode_blocks(codes, block_scale, torch.bfloat16), row_scale
+
+
 def quantize_weight(w: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
     """ModelOpt's rule: w (..., N, K), global_scale () or (E, 1, 1) -> codes, block scales."""
     blocks = w.float().unflatten(-1, (-1, nvfp4.BLOCK_SIZE))

@@ -127,6 +127,17 @@ def check_offs(offs: Tensor, num_rows: int) -> None:
             )
 
 
+def check_indices(name: str, index: Tensor, size: int, of_what: str) -> None:
+    """On the CPU, where reading costs nothing: -1 or 0 to size - 1."""
+    if index.device.type != "cpu" or index.numel() == 0:
+        return
+    low, high = int(index.min()), int(index.max())
+    if low < -1 or high >= size:
+        raise ValueError(
+            f"{name}: must be -1 or one of the {size} {of_what}, got {low if low < -1 else high}"
+        )
+
+
 def check_same_device(name: str, tensor: Tensor | None, device: torch.device) -> None:
     if tensor is not None and tensor.device != device:
         raise ValueError(f"{name}: must be on {device} like the first argument, on {tensor.device}")

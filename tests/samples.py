@@ -194,6 +194,40 @@ def _per_token_samples() -> list[Sample]:
     ]
 
 
+def _round_samples() -> list[Sample]:
+    def gathered(num_rows: int) -> Tensor:
+        return torch.randint(-1, 7, (num_rows,), dtype=torch.int32)
+
+    def scaled(num_rows: int) -> tuple[Any, ...]:
+        offs = offs_of(_split(num_rows))
+        return _rows(torch.float16)(7), _scale(3), offs, gathered(num_rows)
+
+    def gather_scaled(x: Tensor, scale: Tensor, offs: Tensor, tokens: Tensor) -> Tensor:
+        return nvfp4_ops.round_nvfp4(x, scale, offs, token_of_row=tokens)
+
+    def per_token(num_rows: int) -> tuple[Any, ...]:
+        return _rows(torch.bfloat16)(7), None, gathered(num_rows)
+
+    def gather_per_token(x: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return nvfp4_ops.round_per_token_nvfp4(x, token_of_row=tokens)
+
+    bf16 = _rows(torch.bfloat16)
+    return [
+        Sample("round_nvfp4", "scalar-scale", lambda r: (bf16(r), _scale())),
+        Sample("round_nvfp4", "strided", lambda r: (_strided_rows(r), _scale(r, 1))),
+        Sample("round_nvfp4", "gathered", scaled, program=gather_scaled),
+        Sample("round_per_token_nvfp4", "rows", lambda r: (bf16(r),)),
+        Sample("round_per_token_nvfp4", "ragged", lambda r: (bf16(r), offs_of(_split(r)))),
+        Sample(
+            "round_per_token_nvfp4",
+            "gathered",
+            per_token,
+            program=gather_per_token,
+            inputs=lambda r: per_token(r)[::2],
+        ),
+    ]
+
+
 def _dequantize_samples() -> list[Sample]:
     def sample(name: str, arguments: Callable[[int], tuple[Any, ...]], **options: Any) -> Sample:
         return Sample("dequantize_nvfp4", name, arguments, options)
@@ -355,6 +389,7 @@ SAMPLES = [
     Sample("global_scale", "strided", lambda r: (_strided_rows(r),), {"per_token": True}),
     *_activate_samples(),
     *_per_token_samples(),
+    *_round_samples(),
     *_dequantize_samples(),
     *_swizzle_samples(),
     *_mm_samples(),

@@ -77,6 +77,12 @@ PER_TOKEN_CONFIGS = [
     per_token.choose_config(FP32, 16384),
     per_token.choose_config(BF16, 16384, ragged=True, activation="silu_mul"),
     per_token.choose_config(FP32, 8192, activation="swiglu_oai", limit=7.0),
+    *(
+        per_token.choose_config(dtype, k, ragged=not gather, values=True, gather=gather)
+        for dtype in DTYPES
+        for k in (768, 7168, 16384)
+        for gather in (False, True)
+    ),
 ]
 
 # --- Compiled without a GPU -------------------------------------------------------------------
@@ -156,6 +162,8 @@ OPS = (
     "dequantize_nvfp4",
     "global_scale",
     "quantize_per_token_nvfp4",
+    "round_nvfp4",
+    "round_per_token_nvfp4",
 )
 
 # --- Run on a GPU -----------------------------------------------------------------------------

@@ -1,12 +1,14 @@
 """The quantize and swizzle kernels: compiled anywhere, run and compared on a GPU."""
 
 import os
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compare import assert_bytes_equal
 from kernel_checks import (
     INF,
     NAN,
@@ -50,6 +52,12 @@ QUANTIZE_CONFIGS = [
     for ragged in (False, True)
     if ragged or scale != "expert"
 ]
+ROUND_CONFIGS = [
+    QuantizeConfig(dtype, scale, False, ragged, values=True, gather=gather)
+    for dtype in DTYPES
+    for scale, ragged in (("tensor", False), ("row", True), ("expert", True))
+    for gather in (False, True)
+]
 SWIZZLE_CONFIGS = [
     SwizzleConfig(direction, ragged, row_align)
     for direction in ("swizzle", "unswizzle")
@@ -67,7 +75,9 @@ def build(config: Any, options: str = "") -> Any:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests compile and run them")
-@pytest.mark.parametrize("config", [*QUANTIZE_CONFIGS, *SWIZZLE_CONFIGS], ids=config_id)
+@pytest.mark.parametrize(
+    "config", [*QUANTIZE_CONFIGS, *ROUND_CONFIGS, *SWIZZLE_CONFIGS], ids=config_id
+)
 def test_kernels_compile_to_exact_arithmetic_in_registers(config: Any, tmp_path: Path) -> None:
     compiled = build(config, f"--keep-ptx --keep-cubin --dump-dir {tmp_path}")
     ptx = compiled.__ptx__
@@ -85,10 +95,14 @@ def test_kernels_compile_to_exact_arithmetic_in_registers(config: Any, tmp_path:
     assert ptx.count("ld.global.v4.b32") == vectors * quantize.BLOCKS_PER_LANE
     # Reciprocals of the global scale, of its reciprocal, and of each block's scale.
     assert ptx.count("rcp.rn.f32") == 2 + quantize.BLOCKS_PER_LANE
-    # The only sum is the rounding one: nothing else could be contracted.
-    assert ptx.count("fma.rn.f32") == quantize.BLOCKS_PER_LANE * nvfp4.BLOCK_SIZE
-    assert "add.rn.f32" not in ptx
-    assert "add.f32" not in ptx
+    # The only sums are the rounding ones, whose products are exact: contracted or not.
+    elements = quantize.BLOCKS_PER_LANE * nvfp4.BLOCK_SIZE
+    sums = [len(re.findall(rf"\b{name}(\.rn)?\.f32", ptx)) for name in ("fma", "add", "sub")]
+    assert sums == ([0, elements, elements] if config.values else [elements, 0, 0])
+    if config.values:
+        # Two stores a block, and two of zeros.
+        assert ptx.count("st.global.v4") == 2 * quantize.BLOCKS_PER_LANE + 2
+        assert "st.global.b8" not in ptx
     # As many CTAs as the grid of ragged rows counts on.
     assert registers * config.threads * config.resident_ctas <= 1 << 16
 
@@ -100,6 +114,10 @@ def test_quantize_config_needs_offs_for_a_scale_per_expert() -> None:
         quantize.QuantizeKernel(QuantizeConfig(torch.bfloat16, "row", False, False, threads=100))
     with pytest.raises(ValueError, match="dtype"):
         quantize.QuantizeKernel(QuantizeConfig(torch.float64, "row", False, False))
+    with pytest.raises(ValueError, match="swizzled: values have no block scales"):
+        quantize.QuantizeKernel(QuantizeConfig(torch.float16, "row", True, False, values=True))
+    with pytest.raises(ValueError, match="gather: only of values"):
+        quantize.QuantizeKernel(QuantizeConfig(torch.float16, "row", False, False, gather=True))
 
 
 @pytest.mark.parametrize("warps", [1, 4, 8])
@@ -173,6 +191,10 @@ class HostOps:
     maximum = staticmethod(_maximum)
 
     @staticmethod
+    def absolute(value: Float32) -> Float32:
+        return (value.bitcast(Uint32) & Uint32(0x7FFFFFFF)).bitcast(Float32)
+
+    @staticmethod
     def permute_bytes(low: Uint32, high: Uint32, selector: int) -> Uint32:
         word = Uint32(0)
         for byte in range(4):
@@ -202,15 +224,35 @@ def encode_on_host(values: torch.Tensor) -> torch.Tensor:
     return reference.unpack_codes(words.view(torch.uint8))
 
 
-def test_magnitude_word_rounds_like_the_reference() -> None:
-    """Every bf16, and every fp32 within 4096 steps of a value or tie of e2m1."""
+@cute.jit
+def _round_on_host(values: cute.Tensor, rounded: cute.Tensor, count: Int32):
+    for i in cutlass.range(count):
+        rounded[i] = blocks.round_e2m1(Float32(values[i]), HostOps)
+
+
+def hard_magnitudes() -> torch.Tensor:
+    """Every bf16 >= 0, and every fp32 within 4096 steps of a value or tie of e2m1."""
     every_bf16 = torch.arange(0x8000, dtype=torch.int32) << 16
     steps = torch.arange(-4096, 4096, dtype=torch.int32)
     values = torch.tensor(nvfp4.E2M1_VALUES)
     centers = torch.cat([values[1:], (values[1:] + values[:-1]) / 2, torch.tensor([7.0, 8.0])])
     near = (centers.view(torch.int32).unsqueeze(-1) + steps).flatten()
     tiny = torch.arange(8192, dtype=torch.int32)
-    inputs = torch.cat([every_bf16, near, tiny]).view(torch.float32)
+    return torch.cat([every_bf16, near, tiny]).view(torch.float32)
+
+
+def test_round_e2m1_rounds_like_the_reference() -> None:
+    magnitudes = hard_magnitudes()
+    # A NaN comes without a sign.
+    inputs = torch.cat([magnitudes, -magnitudes[~magnitudes.isnan()]])
+    rounded = torch.empty_like(inputs)
+    _round_on_host(from_dlpack(inputs), from_dlpack(rounded), Int32(inputs.numel()))
+    expected = reference.decode_e2m1(reference.encode_e2m1(inputs))
+    assert_bytes_equal(rounded, expected)
+
+
+def test_magnitude_word_rounds_like_the_reference() -> None:
+    inputs = hard_magnitudes()
     # All positions in a word.
     for shift in range(8):
         shifted = inputs.roll(shift)
@@ -259,6 +301,82 @@ def test_quantize_kernel_gives_the_bytes_of_the_reference(
         check_quantize(x, scale, None, x.cuda())
         check_quantize(x, scale, offs, x.cuda())
     check_quantize(x, torch.rand(5) * 0.01 + 1e-4, offs, x.cuda())
+
+
+def assert_same_values(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Same bytes, but for the payload of NaNs."""
+    actual = actual.cpu()
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert_bytes_equal(actual.nan_to_num(nan=1.5), expected.nan_to_num(nan=1.5))
+
+
+def check_round(x: torch.Tensor, scale: torch.Tensor, offs: torch.Tensor | None) -> None:
+    offs_cuda = None if offs is None else offs.cuda()
+    out = poisoned((x.shape[0], 2 * x.shape[1])).view(torch.bfloat16)
+    quantize.launch_round(
+        x=x.cuda(),
+        global_scale=scale.cuda(),
+        offs=offs_cuda,
+        token_of_row=None,
+        out=out,
+        get_compiled=get_compiled,
+    )
+    assert_same_values(out, reference.round_nvfp4(x, scale, offs))
+
+
+@pytest.mark.gpu
+@every_dtype
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_round_kernel_gives_the_bytes_of_the_reference(
+    dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    x = hard_values(*shape).to(dtype)
+    offs = offs_of(shape[0], 5)
+    for scale in (torch.tensor(0.01), reference.global_scale(x, per_token=True)):
+        check_round(x, scale, None)
+        check_round(x, scale, offs)
+    for ends in (offs, torch.zeros_like(offs), torch.full_like(offs, shape[0])):
+        check_round(x, torch.rand(5) * 0.01 + 1e-4, ends)
+
+
+@pytest.mark.gpu
+@every_dtype
+@pytest.mark.parametrize("exponent", [-149, -127, -126, -100, 0, 100, 119, 125, 127])
+def test_round_kernel_with_extreme_global_scales(dtype: torch.dtype, exponent: int) -> None:
+    x = hard_values(40, 256)
+    x[20:30] *= 2.0**-130
+    x[30:40, ::16] = -INF
+    x = x.to(dtype)
+    for factor in (1.0, 1.7):
+        scale = torch.tensor(factor * 2.0**exponent, dtype=torch.float64).float()
+        check_round(x, scale, None)
+    for special in (0.0, INF, NAN, torch.finfo(torch.float32).max):
+        check_round(x, torch.tensor(special), None)
+
+
+@pytest.mark.gpu
+@every_dtype
+@pytest.mark.parametrize("k", [16, 768, 2880, 7168, 20000])
+@pytest.mark.parametrize("num_tokens", [1, 9, 131])
+def test_round_ops_gather_like_the_reference(dtype: torch.dtype, k: int, num_tokens: int) -> None:
+    x, num_rows = hard_values(num_tokens, k).to(dtype), 137
+    tokens = torch.randint(-1, num_tokens, (num_rows,), dtype=torch.int32)
+    no_rows, scale = torch.zeros(5, dtype=torch.int32), torch.tensor(0.01)
+    cases = [
+        (None, None),
+        (offs_of(num_tokens, 5), None),
+        (None, tokens),
+        (offs_of(num_rows, 5), tokens),
+        (no_rows, tokens),
+        (no_rows, tokens[:0]),
+    ]
+    for case in cases:
+        offs_cuda, tokens_cuda = (None if t is None else t.cuda() for t in case)
+        actual = nvfp4_ops.round_nvfp4(x.cuda(), scale.cuda(), offs_cuda, token_of_row=tokens_cuda)
+        assert_same_values(actual, reference.round_nvfp4(x, scale, *case))
+        rows = nvfp4_ops.round_per_token_nvfp4(x.cuda(), offs_cuda, token_of_row=tokens_cuda)
+        for got, want in zip(rows, reference.round_per_token_nvfp4(x, *case), strict=True):
+            assert_same_values(got, want)
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from compare import assert_bytes_equal
 from torch import Tensor, nn
 
 import nvfp4_ops
@@ -137,6 +138,77 @@ def test_moe_equals_float64_layer(mode: str | None, case: dict[str, Any], bias: 
     actual = moe(x, index, weights)
     # One bf16 rounding of the sum, and that of the products before it.
     torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=2**-9)
+
+
+def forward_of_codes(moe: NVFP4MoE, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """The layer in codes and block scales, as tensor cores with FP4 multiply them."""
+    mode, first, down = moe.activation_scale, moe.first_proj, moe.down_proj
+    per_token = mode == "per_token"
+    offs, token_of_row, row_of_slot = nvfp4_ops.sort_by_expert(index, moe.num_experts)
+
+    def multiply(
+        projection: nvfp4_ops.projection.ExpertProjection,
+        rows: tuple[Tensor, Tensor],
+        scale: Tensor,
+        activation: nvfp4_ops.Activation | None,
+    ) -> Tensor:
+        alpha = projection.weight_scale_2
+        return nvfp4_ops.grouped_scaled_mm(
+            rows[0],
+            projection.weight,
+            rows[1],
+            projection.weight_scale,
+            alpha if per_token else alpha * scale,
+            offs,
+            row_scale=scale if per_token else None,
+            bias=projection.bias,
+            activation=activation,
+            out_dtype=x.dtype,
+        )
+
+    def scale_of(rows: Tensor, static: Tensor | None) -> Tensor:
+        return static if mode == "static" else nvfp4_ops.global_scale(rows, per_token)
+
+    scale = scale_of(x, first.input_scale.amax() if mode == "static" else None)
+    codes, sf = (nvfp4_ops.permute(t, token_of_row) for t in nvfp4_ops.quantize_nvfp4(x, scale))
+    scale = nvfp4_ops.permute(scale, token_of_row) if per_token else scale
+    hidden = multiply(first, (codes, sf), scale, moe._fused)
+    scale = scale_of(hidden, down.input_scale)
+    out = multiply(down, nvfp4_ops.quantize_nvfp4(hidden, scale, offs), scale, None)
+    return nvfp4_ops.combine(out, row_of_slot, weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("mode", ["static", "per_token", "per_tensor"])
+def test_moe_rounds_to_the_bits_of_codes(mode: str, dtype: torch.dtype) -> None:
+    for options in ({}, {"bias": True, "activation": "relu2", "gated": False}):
+        moe = make_moe(mode, **options)
+        x, index, weights = make_inputs(40, dtype=dtype)
+        x[1], x[2, 5], x[3, 7] = 0.0, 1e4, -torch.inf
+        index[6, 1], index[7, :] = EXPERTS, EXPERTS
+        expected = forward_of_codes(moe, x, index, weights)
+        assert expected[8:].isfinite().all()
+        assert expected[8:].abs().amax() > 0
+        assert_bytes_equal(moe(x, index, weights), expected)
+
+
+def test_moe_static_scales_follow_what_they_are_derived_from() -> None:
+    moe, other = make_moe("static"), make_moe("static", bias=True)
+    inputs = make_inputs(10)
+    for projection in moe.projections().values():
+        projection.set_input_scale(projection.input_scale * 1.7)
+        weight = nvfp4_ops.quantize_weight(
+            torch.randn(projection.segment_rows(0).stop, projection.num_columns)
+        )
+        projection.copy_segment(3, 0, weight)
+    assert_bytes_equal(moe(*inputs), forward_of_codes(moe, *inputs))
+    assert not any("static" in name for name in moe.state_dict())
+    fresh = make_moe()
+    fresh.load_state_dict(moe.state_dict())
+    fresh.activation_scale = "static"
+    assert_bytes_equal(fresh(*inputs), moe(*inputs))
+    other.to(torch.float16)
+    assert_bytes_equal(other(*inputs), forward_of_codes(other, *inputs))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

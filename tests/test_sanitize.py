@@ -66,6 +66,20 @@ def test_sanitize_quantize(counts: list[int], swizzled: bool) -> None:
 
 
 @pytest.mark.parametrize("counts", cases(**COUNTS))
+@pytest.mark.parametrize("k", [48, 2080])
+def test_sanitize_round(counts: list[int], k: int) -> None:
+    num_rows, offs = sum(counts) + TAIL, end_rows(counts)
+    scale = torch.rand(len(counts)) * 1e-2 + 1e-3
+    x, tokens = torch.randn(7, k), torch.randint(-1, 7, (num_rows,)).int()
+    rows = torch.randn(num_rows, k)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert_same_on_gpu(nvfp4_ops.round_nvfp4, rows.to(dtype), scale, offs)
+        assert_same_on_gpu(nvfp4_ops.round_nvfp4, x.to(dtype), scale[0], token_of_row=tokens)
+        assert_same_on_gpu(nvfp4_ops.round_per_token_nvfp4, rows.to(dtype), offs)
+        assert_same_on_gpu(nvfp4_ops.round_per_token_nvfp4, x.to(dtype), token_of_row=tokens)
+
+
+@pytest.mark.parametrize("counts", cases(**COUNTS))
 @pytest.mark.parametrize("columns", [3, 20, 32])
 def test_sanitize_swizzle(counts: list[int], columns: int) -> None:
     rows, offs = sum(counts) + TAIL, end_rows(counts)

@@ -29,6 +29,8 @@ __all__ = [
     "prepacked_shape",
     "quantize",
     "quantize_per_token",
+    "round_rows",
+    "round_rows_per_token",
     "sort_by_expert",
     "swizzle",
     "unpack",
@@ -272,6 +274,60 @@ def quantize_per_token(
         config=config,
         codes=codes,
         block_scale=block_scale,
+        row_scale=row_scale,
+        get_compiled=_get_compiled("quantize_per_token", kernel),
+    )
+    return True
+
+
+def round_rows(
+    x: Tensor,
+    global_scale: Tensor,
+    offs: Tensor | None,
+    token_of_row: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Write ``out`` (R, K) bf16: the NVFP4 values of the rows of x, without the global scale."""
+    from nvfp4_ops.kernels import quantize_rows as kernel
+
+    kernel.launch_round(
+        x=_readable_rows(x),
+        global_scale=global_scale.contiguous(),
+        offs=offs,
+        token_of_row=None if token_of_row is None else token_of_row.contiguous(),
+        out=out,
+        get_compiled=_get_compiled("quantize", kernel),
+    )
+
+
+def round_rows_per_token(
+    x: Tensor,
+    offs: Tensor | None,
+    token_of_row: Tensor | None,
+    out: Tensor,
+    row_scale: Tensor,
+) -> bool:
+    """Write ``out`` and ``row_scale`` of the rows of x.
+
+    Returns False, with nothing written, where a row is too long for the kernel.
+    """
+    from nvfp4_ops.kernels import per_token as kernel
+
+    config = kernel.choose_config(
+        x.dtype,
+        x.shape[1],
+        ragged=offs is not None,
+        values=True,
+        gather=token_of_row is not None,
+    )
+    if config is None:
+        return False
+    kernel.launch_round_per_token(
+        x=_readable_rows(x),
+        offs=offs,
+        token_of_row=None if token_of_row is None else token_of_row.contiguous(),
+        config=config,
+        out=out,
         row_scale=row_scale,
         get_compiled=_get_compiled("quantize_per_token", kernel),
     )

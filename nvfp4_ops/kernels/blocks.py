@@ -1,8 +1,9 @@
-"""One block of 16 elements in a lane's registers: rows of floats to e2m1 codes and an e4m3 scale.
+"""One block of 16 elements in a lane's registers: floats to e2m1 codes and an e4m3 scale.
 
-Portable CuTe DSL (sm_89 and later: e4m3 is rounded by ``cvt``; e2m1, which has no ``cvt`` before
-sm_100, by ``magnitude_word``). The meaning of every bit is ``nvfp4_ops.reference``'s. Not for
-weights, which are quantized by another rule.
+Or to the values these stand for, in bf16. Portable CuTe DSL (sm_89 and later: e4m3 is rounded by
+``cvt``; e2m1, which has no ``cvt`` before sm_100, by ``magnitude_word`` and ``round_e2m1``). The
+meaning of every bit is ``nvfp4_ops.reference``'s. Not for weights, which are quantized by another
+rule.
 """
 
 from collections.abc import Sequence
@@ -20,10 +21,12 @@ FP32_MAX = torch.finfo(torch.float32).max
 # PTX's name of two packed elements.
 _PACKED_NAME = {torch.bfloat16: "bf16x2", torch.float16: "f16x2"}
 _FP32_EXPONENT, _FP32_ABS, _PACKED_ABS = 0x7F800000, 0x7FFFFFFF, 0x7FFF7FFF
+_FP32_SIGN = 0x80000000
 
-# magnitude_word: m * GRID has units of half of m in its last place, and the two units on top make
-# the sum's low byte the code itself.
-_GRID = 2.0**22 + 1.0
+# m * UNITS has units of half of m in its last place; in magnitude_word two of them on top make the
+# sum's low byte the code itself.
+_UNITS = 2.0**22
+_GRID = _UNITS + 1.0
 _CODE_SHIFT = 22
 _WORD_CODES = 8
 _EVEN_SIGNS, _ODD_SIGNS = 0x08080808, 0x80808080
@@ -39,11 +42,15 @@ def min_or_nan(value: Float32, limit: float) -> Float32:
 
 
 class DeviceOps:
-    """What ``magnitude_word`` is made of; tests run it on the host with operators instead."""
+    """What the roundings are made of; tests run these on the host with operators instead."""
 
     minimum = staticmethod(cute.arch.fmin)
     maximum = staticmethod(cute.arch.fmax)
     permute_bytes = staticmethod(permute_bytes)
+
+    @staticmethod
+    def absolute(value: Float32) -> Float32:
+        return ptx("abs.f32 {$w0}, {$r0};", Float32, value)
 
     @staticmethod
     def add_shifted(first: Uint32, second: Uint32) -> Uint32:
@@ -74,6 +81,19 @@ def magnitude_word(values: Sequence[Float32], ops: type[DeviceOps] = DeviceOps) 
     low = ops.permute_bytes(pairs[0], pairs[1], 0x0040)
     high = ops.permute_bytes(pairs[2], pairs[3], 0x0040)
     return ops.permute_bytes(low, high, 0x5410)
+
+
+def round_e2m1(value: Float32, ops: type[DeviceOps] = DeviceOps) -> Float32:
+    """Nearest e2m1 value of an fp32 value, as ``magnitude_word`` and the sign; NaN is 6.
+
+    The sum with m * 2^22 rounds to units of m / 2, and the difference with it is exact. A NaN's
+    sign is kept: PTX computes NaNs without.
+    """
+    clamped = ops.minimum(ops.absolute(value), nvfp4.E2M1_MAX)
+    power = (ops.maximum(clamped, 1.0).bitcast(Uint32) & Uint32(_FP32_EXPONENT)).bitcast(Float32)
+    magnitude = power * -_UNITS + (power * _UNITS + clamped)
+    sign = value.bitcast(Uint32) & Uint32(_FP32_SIGN)
+    return (magnitude.bitcast(Uint32) | sign).bitcast(Float32)
 
 
 class FloatWords:
@@ -129,7 +149,7 @@ class FloatWords:
 
 
 class BlockQuantizer(FloatWords):
-    """Loads blocks of x, or of an activation's inputs, and quantizes them.
+    """Loads blocks of x, or of an activation's inputs, and quantizes or rounds them.
 
     A block's registers hold its 16 elements as they lie in memory, for a gated activation the
     gate's and then the up projection's.
@@ -189,8 +209,32 @@ class BlockQuantizer(FloatWords):
     @cute.jit
     def quantize(self, words: list, scales: tuple):
         """Two words of codes and the scale byte of a block, with its row's ``encode_scales``."""
-        sixth_of_encode, inv_encode = scales
         absolute = self.absolute(words)
+        sf, _, decode, inv_scale = self._block_scales(absolute, scales)
+        # A NaN value has code 7 without a sign. Where the scale is NaN all values are; where decode
+        # is Inf, inv_scale is 0, so those of Inf are and all others have code 0 or 8.
+        nan_signs = Uint32(_EVEN_SIGNS | _ODD_SIGNS)
+        if decode < Float32(float("inf")):
+            nan_signs = Uint32(0)
+        values = [value * inv_scale for value in self.unpack(absolute)]
+        codes = []
+        for i in cutlass.range_constexpr(nvfp4.BLOCK_SIZE // _WORD_CODES):
+            magnitudes = magnitude_word(values[i * _WORD_CODES : (i + 1) * _WORD_CODES])
+            codes.append(magnitudes | (self.signs(words, i) & ~((magnitudes << 1) & nan_signs)))
+        return codes, sf
+
+    @cute.jit
+    def round(self, words: list, scales: tuple):
+        """Eight words of bf16: what the codes and the scale of ``quantize`` stand for."""
+        _, block_scale, _, inv_scale = self._block_scales(self.absolute(words), scales)
+        # A product of e2m1 and e4m3 is exact in bf16, and NaN where the scale is.
+        values = [round_e2m1(value * inv_scale) * block_scale for value in self.unpack(words)]
+        return FloatWords(torch.bfloat16).pack(values)
+
+    @cute.jit
+    def _block_scales(self, absolute: list, scales: tuple):
+        """Byte and value of a block's scale, that times 1 / G, and what to multiply x by."""
+        sixth_of_encode, inv_encode = scales
         sf, block_scale = cute.arch.inline_ptx(
             "{.reg .b16 sf, low, high; .reg .b32 both;"
             " cvt.rn.satfinite.e4m3x2.f32 sf, 0f00000000, {$r0};"
@@ -203,17 +247,7 @@ class BlockQuantizer(FloatWords):
         inv_scale = min_or_nan(reciprocal(decode), FP32_MAX)
         if block_scale == 0.0:
             inv_scale = Float32(0.0)
-        # A NaN value has code 7 without a sign. Where the scale is NaN all values are; where decode
-        # is Inf, inv_scale is 0, so those of Inf are and all others have code 0 or 8.
-        nan_signs = Uint32(_EVEN_SIGNS | _ODD_SIGNS)
-        if decode < Float32(float("inf")):
-            nan_signs = Uint32(0)
-        values = [value * inv_scale for value in self.unpack(absolute)]
-        codes = []
-        for i in cutlass.range_constexpr(nvfp4.BLOCK_SIZE // _WORD_CODES):
-            magnitudes = magnitude_word(values[i * _WORD_CODES : (i + 1) * _WORD_CODES])
-            codes.append(magnitudes | (self.signs(words, i) & ~((magnitudes << 1) & nan_signs)))
-        return codes, sf
+        return sf, block_scale, decode, inv_scale
 
 
 def encode_scales(global_scale: Float32) -> tuple[Float32, Float32]:

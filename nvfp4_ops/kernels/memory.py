@@ -16,6 +16,8 @@ WARP = 32
 WORD_BYTES, VECTOR_BYTES = 4, 16
 CODE_BYTES = nvfp4.packed_size(nvfp4.BLOCK_SIZE)
 """Bytes of a block's codes."""
+VALUE_BYTES = nvfp4.BLOCK_SIZE * torch.bfloat16.itemsize
+"""Bytes of a block's values."""
 
 DTYPES = {
     torch.bfloat16: cutlass.BFloat16,
@@ -57,6 +59,13 @@ def store_words(address: Int64, words: list[Uint32]) -> None:
     cute.autovec_copy(rWords, vector_at(address, num_words, num_words * WORD_BYTES))
 
 
+def store_block(address: Int64, words: list[Uint32]) -> None:
+    """The words of a block in one store, or in several of 16 bytes."""
+    per_store = VECTOR_BYTES // WORD_BYTES
+    for i in range(0, len(words), per_store):
+        store_words(address + i * WORD_BYTES, words[i : i + per_store])
+
+
 def ptx(code: str, result: type, *args: Any) -> Any:
     return cute.arch.inline_ptx(code, write_only_types=[result], read_only_args=list(args))
 
@@ -96,6 +105,14 @@ def fake_codes(rows: cute.SymInt) -> cute.Tensor:
     packed_k = cute.sym_int32(divisibility=CODE_BYTES)
     return make_fake_compact_tensor(
         Uint8, (rows, packed_k), stride_order=(1, 0), assumed_align=CODE_BYTES
+    )
+
+
+def fake_values(rows: cute.SymInt) -> cute.Tensor:
+    """(rows, K) bf16, contiguous."""
+    k = cute.sym_int32(divisibility=nvfp4.BLOCK_SIZE)
+    return make_fake_compact_tensor(
+        cutlass.BFloat16, (rows, k), stride_order=(1, 0), assumed_align=VECTOR_BYTES
     )
 
 

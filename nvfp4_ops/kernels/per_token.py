@@ -1,7 +1,8 @@
 """Rows to NVFP4 with a global scale of each row, found and used in one pass over memory.
 
-Portable CuTe DSL. A row stays in the registers of its warps between its maximum and its codes, so
-rows are limited; ``amax`` and ``quantize_rows`` do any row in two passes.
+To codes and block scales, or to the values these stand for, in bf16. Portable CuTe DSL. A row stays
+in the registers of its warps between its maximum and its codes, so rows are limited; ``amax`` and
+``quantize_rows`` do any row in two passes.
 """
 
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from nvfp4_ops.kernels.amax import global_scale_of, warps_amax
 from nvfp4_ops.kernels.blocks import BlockQuantizer, encode_scales
 from nvfp4_ops.kernels.memory import (
     CODE_BYTES,
+    VALUE_BYTES,
     WARP,
     WORD_BYTES,
     GetCompiled,
@@ -29,9 +31,10 @@ from nvfp4_ops.kernels.memory import (
     fake_codes,
     fake_offs,
     fake_rows,
+    fake_values,
     fake_vector,
     follow_previous_kernel,
-    store_words,
+    store_block,
     why_no_rows,
 )
 
@@ -42,7 +45,10 @@ _MAX_INPUT_WORDS = 64
 
 @dataclass(frozen=True)
 class PerTokenConfig:
-    """activation, limit: applied to x first. A row is row_warps * 32 * blocks_per_lane blocks."""
+    """activation, limit: applied to x first. A row is row_warps * 32 * blocks_per_lane blocks.
+
+    values, gather: as ``QuantizeConfig``'s.
+    """
 
     dtype: torch.dtype
     ragged: bool
@@ -50,10 +56,14 @@ class PerTokenConfig:
     blocks_per_lane: int
     activation: str = "none"
     limit: float | None = None
+    values: bool = False
+    gather: bool = False
 
 
 class PerTokenKernel:
     """scale[r] = global_scale(act(x[r])); codes, block_scale = quantize_nvfp4(act(x), scale).
+
+    With ``values``: out, scale = round_per_token_nvfp4(act(x), offs, token_of_row) instead.
 
     ``row_warps`` warps load a row, all its blocks at once, reduce its maximum by shuffles and in
     shared memory, and quantize what they hold. Rows of no expert are not read; their codes and
@@ -65,7 +75,12 @@ class PerTokenKernel:
     def __init__(self, config: PerTokenConfig) -> None:
         if not 0 < config.row_warps <= WARPS or WARPS % config.row_warps:
             raise ValueError(f"row_warps: must divide {WARPS}, got {config.row_warps}")
+        if config.gather and not config.values:
+            raise ValueError("gather: only of values")
         self.config = config
+        # A block in mOut: its elements, two codes to one, and its bytes.
+        self.out_size = nvfp4.BLOCK_SIZE if config.values else CODE_BYTES
+        self.out_bytes = VALUE_BYTES if config.values else CODE_BYTES
         self.rows_per_cta = WARPS // config.row_warps
         self.blocks = BlockQuantizer(config.dtype, config.activation, config.limit)
 
@@ -74,13 +89,14 @@ class PerTokenKernel:
         self,
         mX: cute.Tensor,
         mOffs: cute.Tensor | None,
-        mCodes: cute.Tensor,
-        mSf: cute.Tensor,
+        mTokenOfRow: cute.Tensor | None,
+        mOut: cute.Tensor,
+        mSf: cute.Tensor | None,
         mScale: cute.Tensor,
         stream: cuda_driver.CUstream,
     ):
-        self.kernel(mX, mOffs, mCodes, mSf, mScale).launch(
-            grid=[cute.ceil_div(Int32(mSf.shape[0]), self.rows_per_cta), 1, 1],
+        self.kernel(mX, mOffs, mTokenOfRow, mOut, mSf, mScale).launch(
+            grid=[cute.ceil_div(Int32(mOut.shape[0]), self.rows_per_cta), 1, 1],
             block=[WARPS * WARP, 1, 1],
             stream=stream,
             use_pdl=True,
@@ -91,15 +107,16 @@ class PerTokenKernel:
         self,
         mX: cute.Tensor,
         mOffs: cute.Tensor | None,
-        mCodes: cute.Tensor,
-        mSf: cute.Tensor,
+        mTokenOfRow: cute.Tensor | None,
+        mOut: cute.Tensor,
+        mSf: cute.Tensor | None,
         mScale: cute.Tensor,
     ):
         row_warps = self.config.row_warps
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         row = cute.arch.block_idx()[0] * self.rows_per_cta + warp // row_warps
         first_col = warp % row_warps * WARP + cute.arch.lane_idx()
-        num_rows = end_row = Int32(mSf.shape[0])
+        num_rows = end_row = Int32(mOut.shape[0])
         follow_previous_kernel()
         if cutlass.const_expr(self.config.ragged):
             end_row = Int32(mOffs[Int32(mOffs.shape[0]) - 1])
@@ -109,8 +126,14 @@ class PerTokenKernel:
         )
         rWords.fill(0)
         amax = Float32(0.0)
-        if row < end_row:
-            self._load_row(mX, mCodes, row, first_col, rWords)
+        x_row = row
+        if cutlass.const_expr(self.config.gather):
+            x_row = Int32(-1)
+            if row < num_rows:
+                x_row = Int32(mTokenOfRow[row])
+        inside = row < end_row and x_row >= 0
+        if inside:
+            self._load_row(mX, mOut, x_row, first_col, rWords)
             for i in cutlass.range_constexpr(self.config.blocks_per_lane):
                 absolute = self.blocks.absolute([rWords[j, i] for j in range(num_words)])
                 amax = cute.arch.fmax(amax, self.blocks.amax(absolute), nan=True)
@@ -118,16 +141,16 @@ class PerTokenKernel:
         amax = warps_amax(amax, row_warps, WARPS)
         if row < num_rows:
             global_scale = Float32(1.0)
-            if row < end_row:
+            if inside:
                 global_scale = global_scale_of(amax)
-            self._store_row(mCodes, mSf, row, first_col, rWords, global_scale, row < end_row)
+            self._store_row(mOut, mSf, row, first_col, rWords, global_scale, inside)
             if first_col == 0:
                 mScale[row] = global_scale
 
     @cute.jit
-    def _load_row(self, mX: cute.Tensor, mCodes: cute.Tensor, row: Int32, first_col: Int32, rWords):
-        """This lane's blocks, activated."""
-        num_cols, block_bytes = Int32(mCodes.shape[1]) // CODE_BYTES, self.blocks.block_bytes
+    def _load_row(self, mX: cute.Tensor, mOut: cute.Tensor, row: Int32, first_col: Int32, rWords):
+        """This lane's blocks of a row of x, activated."""
+        num_cols, block_bytes = Int32(mOut.shape[1]) // self.out_size, self.blocks.block_bytes
         x_row = mX.iterator.toint() + Int64(row) * (mX.stride[0] * self.config.dtype.itemsize)
         rX = [self.blocks.registers() for _ in range(self.config.blocks_per_lane)]
         for i in cutlass.range_constexpr(self.config.blocks_per_lane):
@@ -142,38 +165,48 @@ class PerTokenKernel:
     @cute.jit
     def _store_row(
         self,
-        mCodes: cute.Tensor,
-        mSf: cute.Tensor,
+        mOut: cute.Tensor,
+        mSf: cute.Tensor | None,
         row: Int32,
         first_col: Int32,
         rWords: cute.Tensor,
         global_scale: Float32,
         inside: cutlass.Boolean,
     ):
-        """Codes and scales of this lane's blocks, zero bytes unless ``inside``."""
-        num_cols = Int32(mSf.shape[1])
-        codes_row = mCodes.iterator.toint() + Int64(row) * Int64(mCodes.shape[1])
-        sf_row = mSf.iterator.toint() + Int64(row) * Int64(num_cols)
+        """This lane's blocks, zero bytes unless ``inside``."""
+        num_cols = Int32(mOut.shape[1]) // self.out_size
+        first_block = Int64(row) * Int64(num_cols)
         scales = encode_scales(global_scale)
         for i in cutlass.range_constexpr(self.config.blocks_per_lane):
             col = first_col + i * self.config.row_warps * WARP
             words = [rWords[j, i] for j in range(self.blocks.num_words)]
-            codes, sf = self.blocks.quantize(words, scales)
+            if cutlass.const_expr(self.config.values):
+                out = self.blocks.round(words, scales)
+            else:
+                out, sf = self.blocks.quantize(words, scales)
             if col < num_cols:
                 if not inside:
-                    codes, sf = [Uint32(0)] * (CODE_BYTES // WORD_BYTES), Uint32(0)
-                store_words(codes_row + Int64(col) * CODE_BYTES, codes)
-                gSf = bytes_at(sf_row + Int64(col), 1)
-                gSf[0] = Uint8(sf)
+                    out = [Uint32(0)] * (self.out_bytes // WORD_BYTES)
+                block = first_block + Int64(col)
+                store_block(mOut.iterator.toint() + block * self.out_bytes, out)
+                if cutlass.const_expr(not self.config.values):
+                    if not inside:
+                        sf = Uint32(0)
+                    gSf = bytes_at(mSf.iterator.toint() + block, 1)
+                    gSf[0] = Uint8(sf)
 
     def compile(self, options: str = "") -> Callable[..., None]:
-        rows, cols = cute.sym_int32(), cute.sym_int32()
+        config, rows, cols = self.config, cute.sym_int32(), cute.sym_int32()
+        block_scale = None
+        if not config.values:
+            block_scale = make_fake_compact_tensor(Uint8, (rows, cols), stride_order=(1, 0))
         return cute.compile(
             self,
-            fake_rows(self.config.dtype, rows),
-            fake_offs() if self.config.ragged else None,
-            fake_codes(rows),
-            make_fake_compact_tensor(Uint8, (rows, cols), stride_order=(1, 0)),
+            fake_rows(config.dtype, None if config.gather else rows),
+            fake_offs() if config.ragged else None,
+            fake_vector(Int32) if config.gather else None,
+            fake_values(rows) if config.values else fake_codes(rows),
+            block_scale,
             fake_vector(Float32),
             make_fake_stream(use_tvm_ffi_env_stream=True),
             options=f"--enable-tvm-ffi {options}",
@@ -193,6 +226,8 @@ def choose_config(
     ragged: bool = False,
     activation: str = "none",
     limit: float | None = None,
+    values: bool = False,
+    gather: bool = False,
 ) -> PerTokenConfig | None:
     """Fewest idle lanes, then two blocks a lane, over which its scales are amortised; None where
     a row does not fit.
@@ -215,7 +250,9 @@ def choose_config(
     row_warps, blocks_per_lane = min(
         shapes, key=lambda shape: (shape[0] * shape[1], abs(shape[1] - 2))
     )
-    return PerTokenConfig(dtype, ragged, row_warps, blocks_per_lane, activation, limit)
+    return PerTokenConfig(
+        dtype, ragged, row_warps, blocks_per_lane, activation, limit, values, gather
+    )
 
 
 def launch_quantize_per_token(
@@ -237,4 +274,27 @@ def launch_quantize_per_token(
     reason = why_no_rows(x)
     if reason is not None:
         raise ValueError(f"x: {reason}")
-    get_compiled(config)(x, offs, codes, block_scale.view(torch.uint8), row_scale.view(-1))
+    get_compiled(config)(x, offs, None, codes, block_scale.view(torch.uint8), row_scale.view(-1))
+
+
+def launch_round_per_token(
+    *,
+    x: Tensor,
+    offs: Tensor | None,
+    token_of_row: Tensor | None,
+    config: PerTokenConfig,
+    out: Tensor,
+    row_scale: Tensor,
+    get_compiled: GetCompiled,
+) -> None:
+    """out, row_scale = round_per_token_nvfp4(x, offs, token_of_row), every byte written.
+
+    As ``launch_quantize_per_token``, but for token_of_row: (R,) int32, contiguous, or None; and
+    out: (R, K) bf16, contiguous.
+    """
+    reason = why_no_rows(x)
+    if reason is not None:
+        raise ValueError(f"x: {reason}")
+    if out.numel() == 0:
+        return
+    get_compiled(config)(x, offs, token_of_row, out, None, row_scale.view(-1))

@@ -1,6 +1,7 @@
 """Rows of activations, or of an activation function's inputs, to NVFP4 codes and block scales.
 
-Portable CuTe DSL. The kernel is bound by memory; ``blocks`` has its arithmetic.
+Or to the values these stand for, in bf16, for tensor cores without FP4. Portable CuTe DSL. The
+kernel is bound by memory; ``blocks`` has its arithmetic.
 """
 
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from nvfp4_ops.kernels.blocks import BlockQuantizer, encode_scales
 from nvfp4_ops.kernels.limits import num_multiprocessors
 from nvfp4_ops.kernels.memory import (
     CODE_BYTES,
+    VALUE_BYTES,
     VECTOR_BYTES,
     WARP,
     WORD_BYTES,
@@ -30,8 +32,10 @@ from nvfp4_ops.kernels.memory import (
     fake_offs,
     fake_rows,
     fake_swizzled,
+    fake_values,
     fake_vector,
     follow_previous_kernel,
+    store_block,
     store_words,
     why_no_rows,
 )
@@ -55,17 +59,25 @@ LINEAR_COLS, SWIZZLED_COLS = BLOCKS_PER_LANE * LINEAR_LANES, BLOCKS_PER_LANE * S
 # CTAs a multiprocessor from which on it is better to give a warp more steps than to add CTAs.
 CTAS_PER_SM = 8
 
+Scale = Literal["tensor", "row", "expert"]
+
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """activation, limit: applied to x first; a gated activation reads 2 K columns."""
+    """activation, limit: applied to x first; a gated activation reads 2 K columns.
+
+    values: write e2m1 * block scale in bf16, linear, instead of codes and block scales. gather:
+    row r is made of the row of x that ``token_of_row[r]`` names; of values only.
+    """
 
     dtype: torch.dtype
-    scale: Literal["tensor", "row", "expert"]
+    scale: Scale
     swizzled: bool
     ragged: bool
     activation: str = "none"
     limit: float | None = None
+    values: bool = False
+    gather: bool = False
     threads: int = 256
 
     @property
@@ -78,10 +90,12 @@ class QuantizeConfig:
 class QuantizeKernel:
     """codes, block_scale = quantize_nvfp4(act(x), global_scale, offs, swizzled).
 
+    With ``values``: out = round_nvfp4(act(x), global_scale, offs, token_of_row) instead.
+
     A lane quantizes a block at a time: it loads the 16 elements with 16-byte loads and stores 8
-    bytes of codes and a scale byte. Linear, a warp has 64 contiguous blocks of a row. Swizzled, it
-    has 16 contiguous blocks of the rows l, l + 32, l + 64, l + 96 of a tile, whose scales are whole
-    lines of 16 bytes; pads are zeroed by the same stores.
+    bytes of codes and a scale byte, or 32 bytes of values. Linear, a warp has 64 contiguous blocks
+    of a row. Swizzled, it has 16 contiguous blocks of the rows l, l + 32, l + 64, l + 96 of a tile,
+    whose scales are whole lines of 16 bytes; pads are zeroed by the same stores.
 
     Grid: linear, rows x column steps. Swizzled, lines x column steps; with offs, CTAs walk the
     lines, as each has to find the experts' tiles first. Rows of no expert are not read.
@@ -97,10 +111,17 @@ class QuantizeKernel:
             raise ValueError(f"scale: must be tensor, row or expert, got {config.scale}")
         if config.scale == "expert" and not config.ragged:
             raise ValueError("scale: one per expert needs ragged rows")
+        if config.values and config.swizzled:
+            raise ValueError("swizzled: values have no block scales")
+        if config.gather and not config.values:
+            raise ValueError("gather: only of values")
         self.config = config
         self.warps = config.threads // WARP
         self.blocks = BlockQuantizer(config.dtype, config.activation, config.limit)
         self.ragged_tiles = RaggedTiles(config.threads)
+        # A block in mOut: its elements, two codes to one, and its bytes.
+        self.out_size = nvfp4.BLOCK_SIZE if config.values else CODE_BYTES
+        self.out_bytes = VALUE_BYTES if config.values else CODE_BYTES
 
     @cute.jit
     def __call__(
@@ -108,14 +129,15 @@ class QuantizeKernel:
         mX: cute.Tensor,
         mScale: cute.Tensor,
         mOffs: cute.Tensor | None,
-        mCodes: cute.Tensor,
-        mSf: cute.Tensor,
+        mTokenOfRow: cute.Tensor | None,
+        mOut: cute.Tensor,
+        mSf: cute.Tensor | None,
         grid_rows: Int32,
         grid_steps: Int32,
         col_warps: Int32,
         stream: cuda_driver.CUstream,
     ):
-        self.kernel(mX, mScale, mOffs, mCodes, mSf, col_warps).launch(
+        self.kernel(mX, mScale, mOffs, mTokenOfRow, mOut, mSf, col_warps).launch(
             grid=[grid_rows, grid_steps, 1],
             block=[self.config.threads, 1, 1],
             stream=stream,
@@ -128,15 +150,16 @@ class QuantizeKernel:
         mX: cute.Tensor,
         mScale: cute.Tensor,
         mOffs: cute.Tensor | None,
-        mCodes: cute.Tensor,
-        mSf: cute.Tensor,
+        mTokenOfRow: cute.Tensor | None,
+        mOut: cute.Tensor,
+        mSf: cute.Tensor | None,
         col_warps: Int32,
     ):
         follow_previous_kernel()
         if cutlass.const_expr(self.config.swizzled):
-            self._quantize_tiles(mX, mScale, mOffs, mCodes, mSf, col_warps)
+            self._quantize_tiles(mX, mScale, mOffs, mOut, mSf, col_warps)
         else:
-            self._quantize_linear(mX, mScale, mOffs, mCodes, mSf)
+            self._quantize_linear(mX, mScale, mOffs, mTokenOfRow, mOut, mSf)
 
     @cute.jit
     def _quantize_linear(
@@ -144,24 +167,31 @@ class QuantizeKernel:
         mX: cute.Tensor,
         mScale: cute.Tensor,
         mOffs: cute.Tensor | None,
-        mCodes: cute.Tensor,
-        mSf: cute.Tensor,
+        mTokenOfRow: cute.Tensor | None,
+        mOut: cute.Tensor,
+        mSf: cute.Tensor | None,
     ):
         warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
         row = cute.arch.block_idx()[0] * self.warps + warp
-        num_rows, num_cols = Int32(mSf.shape[0]), Int32(mSf.shape[1])
+        num_rows, num_cols = Int32(mOut.shape[0]), Int32(mOut.shape[1]) // self.out_size
         if row < num_rows:
             end_row = num_rows
             if cutlass.const_expr(self.config.ragged):
                 end_row = Int32(mOffs[Int32(mOffs.shape[0]) - 1])
-            sf_row = mSf.iterator.toint() + Int64(row) * Int64(num_cols)
-            if row < end_row:
+            x_row = row
+            if cutlass.const_expr(self.config.gather):
+                x_row = Int32(mTokenOfRow[row])
+            sf_row = None
+            if cutlass.const_expr(not self.config.values):
+                sf_row = mSf.iterator.toint() + Int64(row) * Int64(num_cols)
+            if row < end_row and x_row >= 0:
                 self._quantize_row(
                     mX,
                     mScale,
                     mOffs,
-                    mCodes,
+                    mOut,
                     row=row,
+                    x_row=x_row,
                     valid=True,
                     sf_row=sf_row,
                     first_col=lane,
@@ -173,9 +203,10 @@ class QuantizeKernel:
             else:
                 first, stride = self._my_columns(lane)
                 for col in cutlass.range(first, num_cols, stride, unroll=1):
-                    self._zero_codes(mCodes, row, col)
-                    gSf = bytes_at(sf_row + Int64(col), 1)
-                    gSf[0] = Uint8(0)
+                    self._zero_block(mOut, row, col)
+                    if cutlass.const_expr(not self.config.values):
+                        gSf = bytes_at(sf_row + Int64(col), 1)
+                        gSf[0] = Uint8(0)
 
     @cute.jit
     def _quantize_tiles(
@@ -183,12 +214,12 @@ class QuantizeKernel:
         mX: cute.Tensor,
         mScale: cute.Tensor,
         mOffs: cute.Tensor | None,
-        mCodes: cute.Tensor,
+        mOut: cute.Tensor,
         mSf: cute.Tensor,
         col_warps: Int32,
     ):
         warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
-        num_rows, col_tiles = Int32(mCodes.shape[0]), Int32(mSf.shape[1])
+        num_rows, col_tiles = Int32(mOut.shape[0]), Int32(mSf.shape[1])
         warp_row, warp_col = warp // col_warps, warp % col_warps
         row_warps = self.warps // col_warps
         num_experts = Int32(0)
@@ -212,13 +243,15 @@ class QuantizeKernel:
             )
             if line < num_valid:
                 row_in_tile = line + group * nvfp4.SWIZZLE_LINES
+                # Lanes past the last row load it again.
+                row = first_row + cutlass.min(row_in_tile, num_valid - 1)
                 self._quantize_row(
                     mX,
                     mScale,
                     mOffs,
-                    mCodes,
-                    # Lanes past the last row load it again.
-                    row=first_row + cutlass.min(row_in_tile, num_valid - 1),
+                    mOut,
+                    row=row,
+                    x_row=row,
                     valid=row_in_tile < num_valid,
                     sf_row=line_address + Int64(group) * nvfp4.SWIZZLE_TILE_COLS,
                     first_col=warp_col * SWIZZLED_COLS + lane_col,
@@ -234,7 +267,7 @@ class QuantizeKernel:
                     address = line_address + Int64(col_tile) * nvfp4.SWIZZLE_TILE_BYTES
                     store_words(address, [Uint32(0)] * (VECTOR_BYTES // WORD_BYTES))
         if cutlass.const_expr(self.config.ragged):
-            self._zero_codes_past_the_end(mOffs, mCodes)
+            self._zero_codes_past_the_end(mOffs, mOut)
 
     @cute.jit
     def _quantize_row(
@@ -242,10 +275,11 @@ class QuantizeKernel:
         mX: cute.Tensor,
         mScale: cute.Tensor,
         mOffs: cute.Tensor | None,
-        mCodes: cute.Tensor,
+        mOut: cute.Tensor,
         row: Int32,
+        x_row: Int32,
         valid: bool,
-        sf_row: Int64,
+        sf_row: Int64 | None,
         first_col: Int32,
         lanes: cutlass.Constexpr[int],
         cols_per_step: Int32,
@@ -254,38 +288,46 @@ class QuantizeKernel:
     ):
         """Quantize this lane's blocks of a row: first_col, + lanes, + cols_per_step and so on.
 
-        valid: False where codes are not to be stored and scales are zero. sf_row: address of the
-        row's first scale. expert: of the row, None where it is to be looked up.
+        x_row: its row of x. valid: False where codes are not to be stored and scales are zero.
+        sf_row: address of the row's first scale, None of values. expert: of the row, None where it
+        is to be looked up.
         """
-        num_cols = Int32(mCodes.shape[1]) // CODE_BYTES
+        num_cols = Int32(mOut.shape[1]) // self.out_size
         block_bytes = self.blocks.block_bytes
         num_steps = (num_sf_cols + cols_per_step - 1) // cols_per_step
         first_step, step_stride = cute.arch.block_idx()[1], cute.arch.grid_dim()[1]
         input_bytes = Int64(num_cols) * block_bytes
-        x_row = mX.iterator.toint() + Int64(row) * (mX.stride[0] * self.config.dtype.itemsize)
-        codes_row = mCodes.iterator.toint() + Int64(row) * Int64(mCodes.shape[1])
+        x_address = mX.iterator.toint() + Int64(x_row) * (mX.stride[0] * self.config.dtype.itemsize)
         rX = [self.blocks.registers() for _ in range(BLOCKS_PER_LANE)]
         for i in cutlass.range_constexpr(BLOCKS_PER_LANE):
             # Lanes past the end load the last block again: no branch between the loads.
             col = cutlass.min(first_col + i * lanes + first_step * cols_per_step, num_cols - 1)
-            self.blocks.load(rX[i], x_row + Int64(col) * block_bytes, input_bytes)
+            self.blocks.load(rX[i], x_address + Int64(col) * block_bytes, input_bytes)
         scales = self._scales(mScale, mOffs, row, expert)
         for step in cutlass.range(first_step, num_steps, step_stride, unroll=1):
             next_step = step + step_stride
             for i in cutlass.range_constexpr(BLOCKS_PER_LANE):
                 col = first_col + i * lanes + step * cols_per_step
-                codes, sf = self.blocks.quantize(self.blocks.words(rX[i]), scales)
+                words = self.blocks.words(rX[i])
+                if cutlass.const_expr(self.config.values):
+                    out = self.blocks.round(words, scales)
+                else:
+                    out, sf = self.blocks.quantize(words, scales)
                 if next_step < num_steps:
                     next_col = cutlass.min(col + step_stride * cols_per_step, num_cols - 1)
-                    address = x_row + Int64(next_col) * block_bytes
+                    address = x_address + Int64(next_col) * block_bytes
                     self.blocks.load(rX[i], address, input_bytes)
-                if valid and col < num_cols:
-                    store_words(codes_row + Int64(col) * CODE_BYTES, codes)
+                if cutlass.const_expr(self.config.values):
+                    if col < num_cols:
+                        store_block(self._out_address(mOut, row, col), out)
                 else:
-                    sf = Uint32(0)
-                if col < num_sf_cols:
-                    gSf = bytes_at(sf_row + self._sf_offset(col), 1)
-                    gSf[0] = Uint8(sf)
+                    if valid and col < num_cols:
+                        store_block(self._out_address(mOut, row, col), out)
+                    else:
+                        sf = Uint32(0)
+                    if col < num_sf_cols:
+                        gSf = bytes_at(sf_row + self._sf_offset(col), 1)
+                        gSf[0] = Uint8(sf)
 
     @cute.jit
     def _scales(
@@ -308,18 +350,21 @@ class QuantizeKernel:
         tile, col_in_tile = col // nvfp4.SWIZZLE_TILE_COLS, col % nvfp4.SWIZZLE_TILE_COLS
         return Int64(tile) * nvfp4.SWIZZLE_TILE_BYTES + Int64(col_in_tile)
 
-    def _zero_codes(self, mCodes: cute.Tensor, row: Int32, col: Int32) -> None:
-        codes_row = mCodes.iterator.toint() + Int64(row) * Int64(mCodes.shape[1])
-        address = codes_row + Int64(col) * CODE_BYTES
-        store_words(address, [Uint32(0)] * (CODE_BYTES // WORD_BYTES))
+    def _out_address(self, mOut: cute.Tensor, row: Int32, col: Int32) -> Int64:
+        num_cols = Int32(mOut.shape[1]) // self.out_size
+        return mOut.iterator.toint() + (Int64(row) * Int64(num_cols) + Int64(col)) * self.out_bytes
+
+    def _zero_block(self, mOut: cute.Tensor, row: Int32, col: Int32) -> None:
+        zeros = [Uint32(0)] * (self.out_bytes // WORD_BYTES)
+        store_block(self._out_address(mOut, row, col), zeros)
 
     def _my_columns(self, lane: Int32) -> tuple[Int32, Int32]:
         """First and stride of this lane's columns, where a warp has a row."""
         return cute.arch.block_idx()[1] * WARP + lane, cute.arch.grid_dim()[1] * WARP
 
     @cute.jit
-    def _zero_codes_past_the_end(self, mOffs: cute.Tensor, mCodes: cute.Tensor):
-        num_rows, num_cols = Int32(mCodes.shape[0]), Int32(mCodes.shape[1]) // CODE_BYTES
+    def _zero_codes_past_the_end(self, mOffs: cute.Tensor, mOut: cute.Tensor):
+        num_rows, num_cols = Int32(mOut.shape[0]), Int32(mOut.shape[1]) // self.out_size
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         first_row = (
             Int32(mOffs[Int32(mOffs.shape[0]) - 1]) + cute.arch.block_idx()[0] * self.warps + warp
@@ -328,21 +373,23 @@ class QuantizeKernel:
         first, stride = self._my_columns(cute.arch.lane_idx())
         for row in cutlass.range(first_row, num_rows, row_stride, unroll=1):
             for col in cutlass.range(first, num_cols, stride, unroll=1):
-                self._zero_codes(mCodes, row, col)
+                self._zero_block(mOut, row, col)
 
     def compile(self, options: str = "") -> Callable[..., None]:
         config = self.config
         rows, cols = cute.sym_int32(), cute.sym_int32()
+        block_scale = None
         if config.swizzled:
             block_scale = fake_swizzled(cute.sym_int32(), cute.sym_int32())
-        else:
+        elif not config.values:
             block_scale = make_fake_compact_tensor(Uint8, (rows, cols), stride_order=(1, 0))
         return cute.compile(
             self,
-            fake_rows(config.dtype, rows),
+            fake_rows(config.dtype, None if config.gather else rows),
             fake_vector(Float32),
             fake_offs() if config.ragged else None,
-            fake_codes(rows),
+            fake_vector(Int32) if config.gather else None,
+            fake_values(rows) if config.values else fake_codes(rows),
             block_scale,
             Int32(1),
             Int32(1),
@@ -396,6 +443,12 @@ def choose_grid(
     return grid_rows, grid_steps, col_warps
 
 
+def _scale_of(global_scale: Tensor, offs: Tensor | None) -> Scale:
+    if global_scale.ndim == 0:
+        return "tensor"
+    return "expert" if global_scale.ndim == 1 and offs is not None else "row"
+
+
 def launch_quantize(
     *,
     x: Tensor,
@@ -421,13 +474,42 @@ def launch_quantize(
     if block_scale.numel() == 0:
         return
     swizzled = block_scale.ndim == 4
-    scale: Literal["tensor", "row", "expert"] = "row"
-    if global_scale.ndim == 0:
-        scale = "tensor"
-    elif global_scale.ndim == 1 and offs is not None:
-        scale = "expert"
+    scale = _scale_of(global_scale, offs)
     config = QuantizeConfig(x.dtype, scale, swizzled, offs is not None, activation, limit)
     sf = tiles_view(block_scale) if swizzled else block_scale.view(torch.uint8)
     cols = codes.shape[1] // CODE_BYTES
     grid = choose_grid(config, x.shape[0], cols, sf.shape[0], num_multiprocessors(x.device))
-    get_compiled(config)(x, global_scale.view(-1), offs, codes, sf, *grid)
+    get_compiled(config)(x, global_scale.view(-1), offs, None, codes, sf, *grid)
+
+
+def launch_round(
+    *,
+    x: Tensor,
+    global_scale: Tensor,
+    offs: Tensor | None,
+    token_of_row: Tensor | None,
+    out: Tensor,
+    get_compiled: GetCompiled,
+) -> None:
+    """out = round_nvfp4(x, global_scale, offs, token_of_row), every byte written.
+
+    As ``launch_quantize``, but for token_of_row: (R,) int32, contiguous, or None; and out: (R, K)
+    bf16, contiguous. The global scale is of the rows of out.
+    """
+    check_num_experts(offs)
+    reason = why_no_rows(x)
+    if reason is not None:
+        raise ValueError(f"x: {reason}")
+    if out.numel() == 0:
+        return
+    config = QuantizeConfig(
+        x.dtype,
+        _scale_of(global_scale, offs),
+        swizzled=False,
+        ragged=offs is not None,
+        values=True,
+        gather=token_of_row is not None,
+    )
+    cols = nvfp4.num_blocks(out.shape[1])
+    grid = choose_grid(config, out.shape[0], cols, 0, num_multiprocessors(x.device))
+    get_compiled(config)(x, global_scale.view(-1), offs, token_of_row, out, None, *grid)

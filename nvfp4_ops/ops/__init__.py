@@ -6,6 +6,7 @@ from nvfp4_ops.ops.grouped_mm import grouped_scaled_mm
 from nvfp4_ops.ops.per_token import quantize_per_token_nvfp4
 from nvfp4_ops.ops.prepack import prepack_weight
 from nvfp4_ops.ops.quantize import global_scale, quantize_nvfp4
+from nvfp4_ops.ops.round import round_nvfp4, round_per_token_nvfp4
 from nvfp4_ops.ops.swizzle import swizzle_sf, unswizzle_sf
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "prepack_weight",
     "quantize_nvfp4",
     "quantize_per_token_nvfp4",
+    "round_nvfp4",
+    "round_per_token_nvfp4",
     "swizzle_sf",
     "unswizzle_sf",
 ]

@@ -17,6 +17,7 @@ from torch import Tensor
 from nvfp4_ops import kernels
 from nvfp4_ops.registry import (
     check_dtype,
+    check_indices,
     check_rank,
     check_same_device,
     check_shape,
@@ -111,17 +112,6 @@ def _check_permute(x: Tensor, token_of_row: Tensor) -> None:
     check_same_device("token_of_row", token_of_row, x.device)
 
 
-def _check_indices(name: str, index: Tensor, size: int, of_what: str) -> None:
-    """On the CPU, where reading costs nothing: -1 or 0 to size - 1."""
-    if index.device.type != "cpu" or index.numel() == 0:
-        return
-    low, high = int(index.min()), int(index.max())
-    if low < -1 or high >= size:
-        raise ValueError(
-            f"{name}: must be -1 or one of the {size} {of_what}, got {low if low < -1 else high}"
-        )
-
-
 def _empty_rows(x: Tensor, token_of_row: Tensor) -> Tensor:
     return x.new_empty((token_of_row.shape[0], *x.shape[1:]))
 
@@ -133,7 +123,7 @@ def _permute_fake(x: Tensor, token_of_row: Tensor) -> Tensor:
 
 def _permute_kernel(x: Tensor, token_of_row: Tensor) -> Tensor:
     _check_permute(x, token_of_row)
-    _check_indices("token_of_row", token_of_row, x.shape[0], "tokens")
+    check_indices("token_of_row", token_of_row, x.shape[0], "tokens")
     if x.is_cuda and token_of_row.numel() and kernels.why_no_elementwise(x) is None:
         out = _empty_rows(x, token_of_row)
         kernels.permute(x, token_of_row, out)
@@ -193,7 +183,7 @@ def _combine_fake(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor) -> T
 
 def _combine_kernel(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor) -> Tensor:
     _check_combine(rows, row_of_slot, top_k_weights)
-    _check_indices("row_of_slot", row_of_slot, rows.shape[0], "rows")
+    check_indices("row_of_slot", row_of_slot, rows.shape[0], "rows")
     if rows.is_cuda and row_of_slot.numel() and kernels.why_no_elementwise(rows) is None:
         out = _empty_tokens(rows, row_of_slot)
         kernels.combine(rows, row_of_slot, top_k_weights, out)
