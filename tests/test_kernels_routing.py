@@ -41,8 +41,7 @@ SORT_CONFIGS = [
     for max_experts in (256, 1024)
     for stage, threads, slots in (
         ("whole", max(256, max_experts // 2), 1),
-        ("whole", 1024, 1),
-        ("whole", 1024, 4),
+        *(("whole", 1024, slots) for slots in (1, 2, 4)),
         *((stage, 1024, slots) for stage in ("count", "place") for slots in (1, 4, 8)),
     )
 ]
@@ -98,7 +97,7 @@ def test_routing_kernels_compile_into_registers(config: Any, tmp_path: Path) -> 
         (lambda: SortConfig("whole", torch.int16, 256), "index_dtype: must be int32 or int64"),
         (lambda: SortConfig("whole", torch.int32, 512), r"max_experts: must be in \(256, 1024\)"),
         (lambda: SortConfig("whole", torch.int32, 1024, 256), "threads: must .* at least 512"),
-        (lambda: SortConfig("count", torch.int32, 256, 1024, 16), "must be 1, 4 or 8, got 16"),
+        (lambda: SortConfig("count", torch.int32, 256, 1024, 16), "must be 1, 2, 4 or 8, got 16"),
         (lambda: SortConfig("whole", torch.int32, 256, 1024, 8), "up to 4096, got 8192 slots"),
         (lambda: PermuteConfig(8, 1, 128), "access_bytes: must be 1, 4 or 16, got 8"),
         (lambda: CombineConfig(torch.float64, torch.float32, 8, 8, 64), "dtype: must be one of"),
@@ -127,7 +126,8 @@ def test_routing_configs_reject(make: Callable[[], Any], message: str) -> None:
         (256, 8, [("whole", 256, 256)]),
         (257, 8, [("whole", 256, 1024)]),
         (512, 257, [("whole", 1024, 512)]),
-        (1025, 1, [("whole", 256, 4096)]),
+        (1025, 1, [("whole", 256, 2048)]),
+        (2049, 1, [("whole", 256, 4096)]),
         (4096, 1024, [("whole", 1024, 4096)]),
         (4097, 1, [("count", 256, 1024), ("place", 256, 1024)]),
         (1 << 17, 1, [("count", 256, 1024), ("place", 256, 1024)]),
@@ -224,7 +224,16 @@ def indices(tokens: int, top_k: int, num_experts: int, kind: str = "random") -> 
 @pytest.mark.parametrize("kind", ["random", "one", "others"])
 @pytest.mark.parametrize(
     ("tokens", "top_k", "num_experts"),
-    [(1, 1, 1), (1, 8, 128), (31, 8, 256), (33, 6, 255), (32, 16, 1000), (129, 8, 8), (640, 6, 96)],
+    [
+        (1, 1, 1),
+        (1, 8, 128),
+        (31, 8, 256),
+        (33, 6, 255),
+        (32, 16, 1000),
+        (129, 8, 8),
+        (640, 6, 96),
+        (190, 8, 300),
+    ],
 )
 def test_sort_ptx_in_one_cta_gives_the_bytes_of_the_reference(
     run_ptx: Run, tokens: int, top_k: int, num_experts: int, kind: str
