@@ -6,7 +6,7 @@ again after a branch. It raises where a GPU would go wrong without a word:
 - access outside a buffer, or misaligned; a read of shared memory that nothing has written;
 - two warps that touch a shared byte between barriers, one of them writing;
 - two different values for one address by one instruction;
-- a barrier, shuffle or match that not all threads reach;
+- a barrier, shuffle, match or vote that not all threads reach;
 - any access to global memory before ``griddepcontrol.wait``.
 
 ``Memory.num_writes`` counts the writes of every global byte. CTAs run one after the other. No
@@ -242,19 +242,21 @@ class _Cta:
         target, sources = instruction.operands[0], instruction.operands[1:]
         if opcode[0] == "mov":
             return self._move(target, sources[0], _bits(kind) // 2)
-        if opcode[0] in ("shfl", "match"):
+        if opcode[0] in ("shfl", "match", "vote"):
             self._whole_warps(active)
             return self._across_lanes(opcode, self._read(sources[0]), sources)
         values = [self._read(source) for source in sources]
         if opcode[0] == "cvt":
             return self._convert(opcode[1:], values)
+        if opcode[0] == "selp":
+            return np.where(values[2] != 0, values[0], values[1])
         if kind == "f32":
             return _from_float(_ARITHMETIC[opcode[0]](*map(_as_float, values)))
+        if opcode[0] == "not":
+            return values[0] ^ np.uint64(1 if kind == "pred" else (1 << _bits(kind)) - 1)
         if kind == "pred":
             return _LOGIC[opcode[0]](*values)
         bits = _bits(kind)
-        if opcode[0] == "selp":
-            return np.where(values[2] != 0, values[0], values[1])
         if opcode[0] == "popc":
             return np.bitwise_count(_truncate(values[0], bits)).astype(np.uint64)
         if opcode[0] == "shl":
@@ -290,10 +292,13 @@ class _Cta:
 
     def _across_lanes(self, opcode: list[str], value: Values, sources: list[str]) -> Values:
         lanes = value.reshape(-1, WARP)
+        bits = np.uint64(1) << np.arange(WARP, dtype=np.uint64)
         if opcode[0] == "match":
             same = lanes[:, :, None] == lanes[:, None, :]
-            bits = np.uint64(1) << np.arange(WARP, dtype=np.uint64)
             return (same * bits).sum(axis=2, dtype=np.uint64).reshape(-1)
+        if opcode[0] == "vote":
+            ballot = ((lanes != 0) * bits).sum(axis=1, dtype=np.uint64)
+            return np.repeat(ballot, WARP)
         step, lane = int(sources[1]), np.arange(WARP)
         other = np.full(WARP, step) if opcode[2] == "idx" else lane - step
         return lanes[:, np.where(other < 0, lane, other)].reshape(-1)

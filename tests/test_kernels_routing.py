@@ -41,8 +41,7 @@ SORT_CONFIGS = [
     for max_experts in (256, 1024)
     for stage, threads, slots in (
         ("whole", max(256, max_experts // 2), 1),
-        ("whole", 1024, 1),
-        ("whole", 1024, 4),
+        *(("whole", 1024, slots) for slots in (1, 2, 4)),
         *((stage, 1024, slots) for stage in ("count", "place") for slots in (1, 4, 8)),
     )
 ]
@@ -50,10 +49,10 @@ PERMUTE_CONFIGS = [
     PermuteConfig(width, *load) for width in (1, 4, 16) for load in ((1, 128), (4, 256))
 ]
 COMBINE_CONFIGS = [
-    CombineConfig(dtype, weight_dtype, vectorized, 256)
+    CombineConfig(dtype, weight_dtype, access_bytes or dtype.itemsize, slots_in_flight, 256)
     for dtype in DTYPES
     for weight_dtype in DTYPES
-    for vectorized in (False, True)
+    for access_bytes, slots_in_flight in ((0, 4), (8, 8), (16, 8))
 ]
 
 
@@ -78,8 +77,11 @@ def build(config: Any, options: str = "") -> Any:
 )
 def test_routing_kernels_compile_into_registers(config: Any, tmp_path: Path) -> None:
     compiled = build(config, f"--keep-ptx --keep-cubin --dump-dir {tmp_path}")
-    frames, _ = frames_and_registers(tmp_path)
+    frames, registers = frames_and_registers(tmp_path)
     assert frames == [0]
+    if isinstance(config, CombineConfig):
+        # As many as what is in flight takes, so nothing waits in between.
+        assert registers > config.slots_in_flight * (1 + config.access_bytes // 4)
     ptx = compiled.__ptx__
     # Dependents may start once this kernel's own wait is over, never before.
     wait, launch = ptx.index("griddepcontrol.wait"), ptx.index("griddepcontrol.launch_dependents")
@@ -95,12 +97,22 @@ def test_routing_kernels_compile_into_registers(config: Any, tmp_path: Path) -> 
         (lambda: SortConfig("whole", torch.int16, 256), "index_dtype: must be int32 or int64"),
         (lambda: SortConfig("whole", torch.int32, 512), r"max_experts: must be in \(256, 1024\)"),
         (lambda: SortConfig("whole", torch.int32, 1024, 256), "threads: must .* at least 512"),
-        (lambda: SortConfig("count", torch.int32, 256, 1024, 16), "must be 1, 4 or 8, got 16"),
+        (lambda: SortConfig("count", torch.int32, 256, 1024, 16), "must be 1, 2, 4 or 8, got 16"),
         (lambda: SortConfig("whole", torch.int32, 256, 1024, 8), "up to 4096, got 8192 slots"),
         (lambda: PermuteConfig(8, 1, 128), "access_bytes: must be 1, 4 or 16, got 8"),
-        (lambda: CombineConfig(torch.float64, torch.float32, True, 64), "dtype: must be one of"),
+        (lambda: CombineConfig(torch.float64, torch.float32, 8, 8, 64), "dtype: must be one of"),
+        (lambda: CombineConfig(torch.float32, torch.float32, 2, 8, 64), r"in \(4, 8, 16\), got 2"),
     ],
-    ids=["dtype", "experts", "threads", "slots", "whole", "width", "combine-dtype"],
+    ids=[
+        "dtype",
+        "experts",
+        "threads",
+        "slots",
+        "whole",
+        "width",
+        "combine-dtype",
+        "combine-width",
+    ],
 )
 def test_routing_configs_reject(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -114,7 +126,8 @@ def test_routing_configs_reject(make: Callable[[], Any], message: str) -> None:
         (256, 8, [("whole", 256, 256)]),
         (257, 8, [("whole", 256, 1024)]),
         (512, 257, [("whole", 1024, 512)]),
-        (1025, 1, [("whole", 256, 4096)]),
+        (1025, 1, [("whole", 256, 2048)]),
+        (2049, 1, [("whole", 256, 4096)]),
         (4096, 1024, [("whole", 1024, 4096)]),
         (4097, 1, [("count", 256, 1024), ("place", 256, 1024)]),
         (1 << 17, 1, [("count", 256, 1024), ("place", 256, 1024)]),
@@ -211,7 +224,16 @@ def indices(tokens: int, top_k: int, num_experts: int, kind: str = "random") -> 
 @pytest.mark.parametrize("kind", ["random", "one", "others"])
 @pytest.mark.parametrize(
     ("tokens", "top_k", "num_experts"),
-    [(1, 1, 1), (1, 8, 128), (31, 8, 256), (33, 6, 255), (32, 16, 1000), (129, 8, 8), (640, 6, 96)],
+    [
+        (1, 1, 1),
+        (1, 8, 128),
+        (31, 8, 256),
+        (33, 6, 255),
+        (32, 16, 1000),
+        (129, 8, 8),
+        (640, 6, 96),
+        (190, 8, 300),
+    ],
 )
 def test_sort_ptx_in_one_cta_gives_the_bytes_of_the_reference(
     run_ptx: Run, tokens: int, top_k: int, num_experts: int, kind: str
@@ -331,8 +353,8 @@ def combine_on_ptx(
 @without_gpu
 @pytest.mark.parametrize("config", COMBINE_CONFIGS, ids=config_id)
 def test_combine_ptx_gives_the_bytes_of_the_reference(run_ptx: Run, config: CombineConfig) -> None:
-    columns = 9 * config.vector_elements + (0 if config.vectorized else 4)
-    for tokens, top_k in ((1, 1), (5, 4), (3, 6)):
+    columns = 12 * config.vector_elements
+    for tokens, top_k in ((1, 1), (5, 4), (3, 6), (2, 9)):
         rows = hard_rows(tokens * top_k, columns + 32, config.dtype)
         row_of_slot = torch.randperm(tokens * top_k).int().view(tokens, top_k)
         row_of_slot[tokens - 1, top_k // 2] = -1

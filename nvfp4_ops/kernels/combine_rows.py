@@ -20,7 +20,10 @@ from nvfp4_ops.kernels.limits import num_multiprocessors
 from nvfp4_ops.kernels.permute_rows import MAX_VECTORS, divide
 from nvfp4_ops.kernels.swizzle_sf import VECTOR_BYTES, WORD_BYTES, GetCompiled
 
-SLOTS_IN_FLIGHT = 4
+# Of an access where there is little to do: more threads, each with less to add up.
+NARROW_BYTES = 8
+# Vectors of 16 bytes a multiprocessor below which accesses are narrow, and CTAs small.
+NARROW_VECTORS_PER_SM, FEW_VECTORS_PER_SM = 64, 256
 DTYPES = {
     torch.bfloat16: cutlass.BFloat16,
     torch.float16: cutlass.Float16,
@@ -32,25 +35,29 @@ DTYPES = {
 class CombineConfig:
     """Static configuration.
 
-    vectorized: 16 bytes an access, which must divide the length and the address of every row;
-    else one element.
+    access_bytes: 16, 8 or one element; divides the length and the address of every row.
+    slots_in_flight: rows that a thread loads before it adds the first of them.
     """
 
     dtype: torch.dtype
     weight_dtype: torch.dtype
-    vectorized: bool
+    access_bytes: int
+    slots_in_flight: int
     threads: int
 
     def __post_init__(self) -> None:
         for name in ("dtype", "weight_dtype"):
             if getattr(self, name) not in DTYPES:
                 raise ValueError(f"{name}: must be one of {list(DTYPES)}, got {self}")
-        if not 1 <= self.threads <= 1024:
-            raise ValueError(f"threads: must be 1 to 1024, got {self.threads}")
+        widths = (self.dtype.itemsize, NARROW_BYTES, VECTOR_BYTES)
+        if self.access_bytes not in widths:
+            raise ValueError(f"access_bytes: must be in {widths}, got {self.access_bytes}")
+        if self.slots_in_flight < 1 or not 1 <= self.threads <= 1024:
+            raise ValueError(f"not a combine config: {self}")
 
     @property
     def vector_elements(self) -> int:
-        return VECTOR_BYTES // self.dtype.itemsize if self.vectorized else 1
+        return self.access_bytes // self.dtype.itemsize
 
 
 def _multiply(a: Float32, b: Float32) -> Float32:
@@ -70,8 +77,9 @@ class CombineKernel:
     """out[t] = sum over j of weights[t, j] * rows[row_of_slot[t, j]], j rising, -1 left out.
 
     A thread has one vector of one token; the vectors are dealt out in memory order, whatever H is.
-    The rows of ``SLOTS_IN_FLIGHT`` slots are loaded before the first of them is added. The second
-    dimension of the grid are slabs of tokens, of less than 2^31 vectors each.
+    The rows and weights of ``slots_in_flight`` slots are loaded before the first is added: two
+    trips to memory, one for where the rows are. The second dimension of the grid are slabs of
+    tokens, of less than 2^31 vectors each.
 
     mSlots and mWeights are flat, slot j of token t at t * top_k + j.
 
@@ -106,6 +114,8 @@ class CombineKernel:
             block=[self.config.threads, 1, 1],
             stream=stream,
             use_pdl=True,
+            # Else ptxas keeps to 32 registers, by loading each row right before it is added.
+            min_blocks_per_mp=1,
         )
 
     @cute.kernel
@@ -127,39 +137,54 @@ class CombineKernel:
         token = slab * tokens_per_slab + token
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        if in_slab and token < num_tokens:
-            rTotal = cute.make_rmem_tensor(cute.make_layout(size), Float32)
-            rTotal.fill(0.0)
-            for first in cutlass.range(0, top_k, SLOTS_IN_FLIGHT, unroll=1):
-                rows, weights, vectors = [], [], []
-                for i in cutlass.range_constexpr(SLOTS_IN_FLIGHT):
-                    # Past the end the last slot again: no branch between the loads.
-                    slot = token * top_k + cutlass.min(first + i, top_k - 1)
-                    row = Int32(mSlots[slot])
-                    if first + i >= top_k:
-                        row = Int32(-1)
-                    rows.append(row)
-                    weights.append(Float32(mWeights[slot]))
-                for i in cutlass.range_constexpr(SLOTS_IN_FLIGHT):
-                    row = cutlass.max(rows[i], Int32(0))
-                    address = (
-                        mRows.iterator.toint()
-                        + (Int64(row) * mRows.stride[0] + Int64(vector) * size)
-                        * config.dtype.itemsize
-                    )
-                    vectors.append(self._load(address))
-                for i in cutlass.range_constexpr(SLOTS_IN_FLIGHT):
-                    if rows[i] >= 0:
-                        rX = vectors[i].load().to(Float32)
-                        for j in cutlass.range_constexpr(size):
-                            rTotal[j] = _add(rTotal[j], _multiply(rX[j], weights[i]))
-            address = (
-                mOut.iterator.toint()
-                + (Int64(token) * Int64(columns) + Int64(vector) * size) * config.dtype.itemsize
-            )
+        inside = in_slab and token < num_tokens
+        # Threads past the end load the last token: no branch around the loads.
+        token = cutlass.min(token, num_tokens - 1)
+        rTotal = cute.make_rmem_tensor(cute.make_layout(size), Float32)
+        rTotal.fill(0.0)
+        for first in cutlass.range(0, top_k, config.slots_in_flight, unroll=1):
+            rows, weights = self._load_slots(mSlots, mWeights, token * top_k, first, top_k)
+            vectors = []
+            for i in cutlass.range_constexpr(config.slots_in_flight):
+                row = cutlass.max(rows[i], Int32(0))
+                offset = Int64(row) * mRows.stride[0] + Int64(vector) * size
+                vectors.append(self._load(mRows.iterator.toint() + offset * config.dtype.itemsize))
+            for i in cutlass.range_constexpr(config.slots_in_flight):
+                rX, weight = vectors[i], weights[i]
+                # Adding 0 * 0 changes nothing, as no sum is -0.
+                if rows[i] < 0:
+                    rX.fill(0.0)
+                    weight = Float32(0.0)
+                values = rX.load().to(Float32)
+                for j in cutlass.range_constexpr(size):
+                    rTotal[j] = _add(rTotal[j], _multiply(values[j], weight))
+        if inside:
+            offset = Int64(token) * Int64(columns) + Int64(vector) * size
             rOut = cute.make_rmem_tensor(cute.make_layout(size), self.element)
             rOut.store(rTotal.load().to(self.element))
-            cute.autovec_copy(rOut, self._vector_at(address))
+            target = self._vector_at(mOut.iterator.toint() + offset * config.dtype.itemsize)
+            cute.autovec_copy(rOut, target)
+
+    @cute.jit
+    def _load_slots(
+        self,
+        mSlots: cute.Tensor,
+        mWeights: cute.Tensor,
+        first_slot: Int32,
+        first: Int32,
+        top_k: Int32,
+    ) -> tuple[list, list]:
+        """Row and weight of ``slots_in_flight`` slots of a token; row -1 past its last."""
+        rows, weights = [], []
+        for i in cutlass.range_constexpr(self.config.slots_in_flight):
+            # Past the end the last slot again: no branch between the loads.
+            slot = first_slot + cutlass.min(first + i, top_k - 1)
+            rows.append(Int32(mSlots[slot]))
+            weights.append(Float32(mWeights[slot]))
+        for i in cutlass.range_constexpr(self.config.slots_in_flight):
+            if first + i >= top_k:
+                rows[i] = Int32(-1)
+        return rows, weights
 
     def _vector_at(self, address: Int64) -> cute.Tensor:
         size = self.config.vector_elements
@@ -181,7 +206,7 @@ class CombineKernel:
         config = self.config
         num_slots = cute.sym_int32()
         columns = cute.sym_int32(divisibility=config.vector_elements)
-        align = VECTOR_BYTES if config.vectorized else config.dtype.itemsize
+        align = config.access_bytes
         return cute.compile(
             self,
             # No divisibility: the stride of a single row means nothing.
@@ -220,14 +245,19 @@ _config = lru_cache(CombineConfig)
 
 
 def choose_config(
-    rows: Tensor, weight_dtype: torch.dtype, out: Tensor, num_multiprocessors: int
+    rows: Tensor, weight_dtype: torch.dtype, top_k: int, out: Tensor, num_multiprocessors: int
 ) -> CombineConfig:
     row_stride = rows.stride(0) if rows.shape[0] > 1 else 0
     together = (row_stride | rows.shape[1]) * rows.itemsize | rows.data_ptr() | out.data_ptr()
-    vectorized = together % VECTOR_BYTES == 0
     # Few tokens: more and smaller CTAs, for more multiprocessors to have a part.
-    few = out.numel() * out.itemsize <= 256 * VECTOR_BYTES * num_multiprocessors
-    return _config(rows.dtype, weight_dtype, vectorized, 64 if few else 256)
+    vectors_per_sm = out.numel() * out.itemsize // VECTOR_BYTES // num_multiprocessors
+    access_bytes = rows.itemsize
+    if together % NARROW_BYTES == 0 and vectors_per_sm < NARROW_VECTORS_PER_SM:
+        access_bytes = NARROW_BYTES
+    elif together % VECTOR_BYTES == 0:
+        access_bytes = VECTOR_BYTES
+    threads = 64 if vectors_per_sm < FEW_VECTORS_PER_SM else 256
+    return _config(rows.dtype, weight_dtype, access_bytes, 8 if top_k > 4 else 4, threads)
 
 
 def launch_combine(
@@ -245,9 +275,10 @@ def launch_combine(
     out: (T, H) of the dtype of rows, contiguous.
     get_compiled: from a ``CombineConfig`` to what ``build`` returns for it.
     """
-    config = choose_config(rows, top_k_weights.dtype, out, num_multiprocessors(rows.device))
+    top_k = row_of_slot.shape[1]
+    config = choose_config(rows, top_k_weights.dtype, top_k, out, num_multiprocessors(rows.device))
     vectors_per_token = rows.shape[1] // config.vector_elements
     tokens_per_slab = max(1, MAX_VECTORS // vectors_per_token)
     # Flat: the stride of a single token or slot means nothing.
     slots, weights = row_of_slot.view(-1), top_k_weights.view(-1)
-    get_compiled(config)(rows, slots, weights, out, row_of_slot.shape[1], tokens_per_slab)
+    get_compiled(config)(rows, slots, weights, out, top_k, tokens_per_slab)

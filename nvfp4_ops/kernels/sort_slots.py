@@ -19,6 +19,7 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 from torch import Tensor
 
 from nvfp4_ops.kernels.limits import MAX_EXPERTS
+from nvfp4_ops.kernels.permute_rows import divide
 from nvfp4_ops.kernels.swizzle_sf import VECTOR_BYTES, WARP, GetCompiled
 
 FULL_WARP = 0xFFFFFFFF
@@ -60,8 +61,8 @@ class SortConfig:
                 f"threads: must be 256, 512 or 1024, and at least {self.num_pairs}, "
                 f"got {self.threads}"
             )
-        if self.slots_per_thread not in (1, 4, 8):
-            raise ValueError(f"slots_per_thread: must be 1, 4 or 8, got {self.slots_per_thread}")
+        if self.slots_per_thread not in (1, 2, 4, 8):
+            raise ValueError(f"slots_per_thread: must be 1, 2, 4 or 8, got {self.slots_per_thread}")
         if self.stage == "whole" and self.num_slots > WHOLE_SLOTS:
             raise ValueError(f"whole: a CTA sorts up to {WHOLE_SLOTS}, got {self.num_slots} slots")
 
@@ -85,7 +86,7 @@ def choose_configs(num_slots: int, num_experts: int, dtype: torch.dtype) -> tupl
     max_experts = next(limit for limit in EXPERT_LIMITS if num_experts <= limit)
     # Few threads start and meet sooner.
     few = max(256, max_experts // PAIR)
-    for threads, slots_per_thread in ((few, 1), (1024, 1), (1024, 4)):
+    for threads, slots_per_thread in ((few, 1), (1024, 1), (1024, 2), (1024, 4)):
         if num_slots <= threads * slots_per_thread:
             return (SortConfig("whole", dtype, max_experts, threads, slots_per_thread),)
     # Every placing CTA reads the counts of all: their number is kept low.
@@ -102,8 +103,8 @@ class SortKernel:
         row(slot) = slots of lower experts + earlier slots of the same expert
 
     A warp owns consecutive slots and ranks 32 at a time: lanes of the same expert find each other
-    by ``match``, their rank is the number of lower ones, and the lowest keeps count in the warp's
-    row of the table. A scan down each column of the table gives what earlier warps have of an
+    by a ballot on each bit of its number, their rank is the number of lower ones, and the lowest
+    keeps count in the warp's row of the table. A scan down each column of the table gives what earlier warps have of an
     expert, a scan over the experts where an expert starts. Where there are several CTAs each first
     writes its column sums; the placing CTAs then sum those of all CTAs, and of the earlier ones.
 
@@ -130,7 +131,12 @@ class SortKernel:
         stream: cuda_driver.CUstream,
     ):
         self.kernel(mIndex, mCounts, mOffs, mTokens, mRows, num_experts, top_k).launch(
-            grid=[num_ctas, 1, 1], block=[self.config.threads, 1, 1], stream=stream, use_pdl=True
+            grid=[num_ctas, 1, 1],
+            block=[self.config.threads, 1, 1],
+            stream=stream,
+            use_pdl=True,
+            # Else ptxas keeps to 32 registers, and to few loads in flight.
+            min_blocks_per_mp=1,
         )
 
     @cute.kernel
@@ -160,6 +166,8 @@ class SortKernel:
             ),
         )
         self._zero(sPairs, thread)
+        first_token = divide(self._first_slot(), top_k)
+        token_step = divide(Int32(WARP), top_k)
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
         experts = self._load_experts(mIndex, num_experts)
@@ -175,23 +183,29 @@ class SortKernel:
             if thread < config.num_pairs:
                 mCounts[cute.arch.block_idx()[0], thread] = Int32(own)
         else:
-            low, high = Int32(own & Uint32(COUNTER_MASK)), Int32(own >> COUNTER_BITS)
-            before_low, before_high = Int32(0), Int32(0)
+            counts = (Int32(own & Uint32(COUNTER_MASK)), Int32(own >> COUNTER_BITS))
+            all_counts, before = counts, (Int32(0), Int32(0))
             if cutlass.const_expr(config.stage == "place"):
-                low, high, before_low, before_high = all_pairs
-            start, total = self._scan_experts(smem, low + high, thread)
-            sStart = smem.allocate_tensor(Int32, cute.make_layout(config.max_experts))
+                all_counts, before = all_pairs[:2], all_pairs[2:]
+            sums = (all_counts[0] + all_counts[1], counts[0] + counts[1])
+            starts, totals = self._scan_experts(smem, sums, thread)
+            start, own_start = starts
+            per_expert = cute.make_layout(config.max_experts)
+            sStart = smem.allocate_tensor(Int32, per_expert)
+            sShift = smem.allocate_tensor(Int32, per_expert)
             if thread < config.num_pairs:
-                sStart[PAIR * thread] = start + before_low
-                sStart[PAIR * thread + 1] = start + low + before_high
-                if cute.arch.block_idx()[0] == 0:
-                    if PAIR * thread < num_experts:
-                        mOffs[PAIR * thread] = start + low
-                    if PAIR * thread + 1 < num_experts:
-                        mOffs[PAIR * thread + 1] = start + low + high
+                for i in cutlass.range_constexpr(PAIR):
+                    expert = PAIR * thread + i
+                    sStart[expert] = own_start
+                    sShift[expert] = start + before[i] - own_start
+                    start = start + all_counts[i]
+                    own_start = own_start + counts[i]
+                    if cute.arch.block_idx()[0] == 0 and expert < num_experts:
+                        mOffs[expert] = start
             cute.arch.sync_threads()
-            rows = self._rows(sStart, sCounts, ranked, num_experts)
-            self._write(smem, mTokens, mRows, rows, total, top_k)
+            placed = self._place(sStart, sShift, sCounts, ranked, num_experts)
+            tokens = self._tokens(first_token, token_step, top_k)
+            self._write(smem, mTokens, mRows, placed, tokens, *totals)
 
     @cute.jit
     def _first_slot(self) -> Int32:
@@ -269,10 +283,10 @@ class SortKernel:
         In one word, the rank in the upper half: many slots are many registers.
         """
         warp = cute.arch.thread_idx()[0] // WARP
+        peers_of_slot = [self._peers(expert, num_experts) for expert in experts]
         ranked = []
         for i in cutlass.range_constexpr(self.config.slots_per_thread):
-            expert = experts[i]
-            peers = Uint32(cute.arch.match_sync(FULL_WARP, expert))
+            expert, peers = experts[i], peers_of_slot[i]
             rank = Int32(cute.arch.popc(peers & Uint32(cute.arch.lanemask_lt())))
             seen = Int32(0)
             if cutlass.const_expr(i > 0):
@@ -284,6 +298,22 @@ class SortKernel:
             cute.arch.sync_warp()
             ranked.append(Int32(expert | ((seen + rank) << COUNTER_BITS)))
         return ranked
+
+    @cute.jit
+    def _peers(self, expert: Int32, num_experts: Int32) -> Uint32:
+        """Lanes of the same expert; of no meaning where that is num_experts.
+
+        A ballot a bit takes the same time whatever the experts are. ``match`` takes a step for
+        each different one, of which there are up to 32.
+        """
+        peers = Uint32(cute.arch.vote_ballot_sync(expert < num_experts))
+        for bit in cutlass.range_constexpr((self.config.max_experts - 1).bit_length()):
+            is_set = (expert & (1 << bit)) != 0
+            others = Uint32(FULL_WARP)
+            if is_set:
+                others = Uint32(0)
+            peers = peers & (Uint32(cute.arch.vote_ballot_sync(is_set)) ^ others)
+        return peers
 
     @cute.jit
     def _scan_column(self, sPairs: cute.Tensor, pair: Int32) -> Uint32:
@@ -300,46 +330,67 @@ class SortKernel:
         return total
 
     @cute.jit
-    def _scan_experts(self, smem, own: Int32, thread: Int32) -> tuple:
-        """Slots of the pairs before the thread's, and slots of all; own: slots of its pair."""
+    def _scan_experts(self, smem, own: tuple, thread: Int32) -> tuple:
+        """Of each number of the thread's pair: the sum of the pairs before, and of all."""
         warp, lane = thread // WARP, thread % WARP
         num_warps = self.config.num_pairs // WARP
-        sWarp = smem.allocate_tensor(Int32, cute.make_layout(num_warps))
-        end = own
+        table = cute.make_layout((len(own), num_warps), stride=(num_warps, 1))
+        sWarp = smem.allocate_tensor(Int32, table)
+        ends = list(own)
         for step in cutlass.range_constexpr(5):
-            below = cute.arch.shuffle_sync_up(end, 1 << step)
-            if lane >= (1 << step):
-                end = end + below
+            for i in cutlass.range_constexpr(len(own)):
+                below = cute.arch.shuffle_sync_up(ends[i], 1 << step)
+                if lane >= (1 << step):
+                    ends[i] = ends[i] + below
         if lane == WARP - 1 and warp < num_warps:
-            sWarp[warp] = end
+            for i in cutlass.range_constexpr(len(own)):
+                sWarp[i, warp] = ends[i]
         cute.arch.sync_threads()
-        start, total = end - own, Int32(0)
-        for other in cutlass.range_constexpr(num_warps):
-            count = Int32(sWarp[other])
-            if other < warp:
-                start = start + count
-            total = total + count
-        return start, total
+        starts, totals = [], []
+        for i in cutlass.range_constexpr(len(own)):
+            start, total = ends[i] - own[i], Int32(0)
+            for other in cutlass.range_constexpr(num_warps):
+                count = Int32(sWarp[i, other])
+                if other < warp:
+                    start = start + count
+                total = total + count
+            starts.append(start)
+            totals.append(total)
+        return tuple(starts), tuple(totals)
 
     @cute.jit
-    def _rows(
+    def _place(
         self,
         sStart: cute.Tensor,
+        sShift: cute.Tensor,
         sCounts: cute.Tensor,
         ranked: list,
         num_experts: Int32,
     ) -> list:
-        """Row of each of the lane's slots, -1 for none."""
+        """(place among the rows of this CTA, row) of each of the lane's slots, -1 for none."""
         warp = cute.arch.thread_idx()[0] // WARP
-        rows = []
+        placed = []
         for i in cutlass.range_constexpr(self.config.slots_per_thread):
-            row = Int32(-1)
+            place, row = Int32(-1), Int32(-1)
             expert, rank = ranked[i] & COUNTER_MASK, ranked[i] >> COUNTER_BITS
             if expert < num_experts:
-                before = Int32(Uint16(sCounts[warp, expert]))
-                row = Int32(sStart[expert]) + before + rank
-            rows.append(row)
-        return rows
+                place = Int32(sStart[expert]) + Int32(Uint16(sCounts[warp, expert])) + rank
+                row = place + Int32(sShift[expert])
+            placed.append((place, row))
+        return placed
+
+    @cute.jit
+    def _tokens(self, first_token: tuple, step: tuple, top_k: Int32) -> list:
+        """Token of each of the lane's slots, a warp apart, of the first one's and of a step's
+        quotient and remainder by top_k."""
+        token, slot_of_token = first_token
+        tokens = []
+        for _ in cutlass.range_constexpr(self.config.slots_per_thread):
+            tokens.append(token)
+            token, slot_of_token = token + step[0], slot_of_token + step[1]
+            if slot_of_token >= top_k:
+                token, slot_of_token = token + 1, slot_of_token - top_k
+        return tokens
 
     @cute.jit
     def _write(
@@ -347,35 +398,40 @@ class SortKernel:
         smem,
         mTokens: cute.Tensor,
         mRows: cute.Tensor,
-        rows: list,
+        placed: list,
+        tokens: list,
         total: Int32,
-        top_k: Int32,
+        own_total: Int32,
     ):
+        """Through shared memory, from which rows of an expert leave together.
+
+        total, own_total: slots with a row, of all CTAs and of this one.
+        """
         config = self.config
         num_slots = Int32(mRows.shape[0])
-        first = self._first_slot()
-        # One CTA has all rows: they leave in order, instead of a sector each.
-        staged = cutlass.const_expr(config.stage == "whole")
-        if cutlass.const_expr(staged):
-            sTokens = smem.allocate_tensor(Int32, cute.make_layout(config.num_slots))
+        first, thread = self._first_slot(), cute.arch.thread_idx()[0]
+        whole = cutlass.const_expr(config.stage == "whole")
+        sTokens = smem.allocate_tensor(Int32, cute.make_layout(config.num_slots))
+        if cutlass.const_expr(not whole):
+            sRows = smem.allocate_tensor(Int32, cute.make_layout(config.num_slots))
         for i in cutlass.range_constexpr(config.slots_per_thread):
             slot = first + i * WARP
+            place, row = placed[i]
             if slot < num_slots:
-                mRows[slot] = rows[i]
-            if rows[i] >= 0:
-                token = Int32(Uint32(slot) // Uint32(top_k))
-                if cutlass.const_expr(staged):
-                    sTokens[rows[i]] = token
-                else:
-                    mTokens[rows[i]] = token
-        if cutlass.const_expr(staged):
-            cute.arch.sync_threads()
-        first_row = cute.arch.block_idx()[0] * config.num_slots + cute.arch.thread_idx()[0]
+                mRows[slot] = row
+            if place >= 0:
+                sTokens[place] = tokens[i]
+                if cutlass.const_expr(not whole):
+                    sRows[place] = row
+        cute.arch.sync_threads()
+        first_row = cute.arch.block_idx()[0] * config.num_slots + thread
         for i in cutlass.range_constexpr(config.slots_per_thread):
-            row = first_row + i * config.threads
-            if cutlass.const_expr(staged):
-                if row < total:
-                    mTokens[row] = Int32(sTokens[row])
+            place, row = thread + i * config.threads, first_row + i * config.threads
+            if place < own_total:
+                target = place
+                if cutlass.const_expr(not whole):
+                    target = Int32(sRows[place])
+                mTokens[target] = Int32(sTokens[place])
             if row >= total and row < num_slots:
                 mTokens[row] = Int32(-1)
 
