@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import nvfp4_ops
 from nvfp4_ops import NVFP4MoE, reference
-from nvfp4_ops.moe import ActivationScale
+from nvfp4_ops.operand import ActivationScale
 from nvfp4_ops.weight import NVFP4Weight
 
 Mode = ActivationScale | None

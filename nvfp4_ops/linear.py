@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from nvfp4_ops import format as nvfp4
 from nvfp4_ops.activation import Activation
-from nvfp4_ops.moe import ActivationScale, check_activation_scale
-from nvfp4_ops.ops import global_scale, quantize_nvfp4
-from nvfp4_ops.projection import ExpertProjection, QuantizedRows
+from nvfp4_ops.operand import ActivationScale, check_activation_scale, make_operand
+from nvfp4_ops.projection import ExpertProjection
 from nvfp4_ops.weight import NVFP4Weight, quantize_weight
 
 _TENSORS = ("weight", "weight_scale", "weight_scale_2", "input_scale", "bias")
@@ -146,22 +145,9 @@ class NVFP4Linear(nn.Module):
             )
         x_TK = x.reshape(-1, self.in_features)
         offs_1 = torch.full((1,), x_TK.shape[0], dtype=torch.int32, device=x.device)
-        out_TN = self.projection(self._quantize(x_TK), offs_1, Activation(), x.dtype)
+        operand = make_operand(self.projection, x_TK, self._activation_scale, offs_1)
+        out_TN = self.projection(*operand, offs_1, Activation(), x.dtype)
         return out_TN.reshape(*x.shape[:-1], self.out_features)
-
-    def _quantize(self, x_TK: Tensor) -> QuantizedRows:
-        mode = self._activation_scale
-        if mode is None:
-            return QuantizedRows(x_TK)
-        if mode == "static":
-            assert self.projection.input_scale is not None
-            scale = self.projection.input_scale.squeeze(0)
-        else:
-            scale = global_scale(x_TK, per_token=mode == "per_token")
-        codes, sf = quantize_nvfp4(x_TK, scale)
-        if mode == "per_token":
-            return QuantizedRows(codes, sf, row_scale=scale)
-        return QuantizedRows(codes, sf, scale)
 
     def extra_repr(self) -> str:
         return (

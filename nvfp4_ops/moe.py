@@ -8,7 +8,7 @@ graph computes the very bits of eager mode.
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, get_args
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +16,11 @@ from torch import Tensor, nn
 from nvfp4_ops import format as nvfp4
 from nvfp4_ops.activation import Activation
 from nvfp4_ops.calibration import AmaxObserver
-from nvfp4_ops.ops import global_scale, round_nvfp4, round_per_token_nvfp4
+from nvfp4_ops.operand import ActivationScale, check_activation_scale, make_operand
 from nvfp4_ops.projection import ExpertProjection
 from nvfp4_ops.registry import check_shape
-from nvfp4_ops.routing import combine, permute, sort_by_expert
+from nvfp4_ops.routing import combine, sort_by_expert
 from nvfp4_ops.weight import quantize_weight
-
-ActivationScale = Literal["static", "per_token", "per_tensor"]
-ACTIVATION_SCALES: tuple[str, ...] = get_args(ActivationScale)
 
 _FUSED = {
     ("silu", True): "silu_mul",
@@ -35,17 +32,6 @@ _FUSED = {
     ("swiglu_oai", True): "swiglu_oai",
 }
 _NO_ACTIVATION = Activation()
-
-
-class _Operand(NamedTuple):
-    """Rows as a projection multiplies them, and the global scales of the products.
-
-    rows: (R, K). alpha: as ``weight_scale_2``, which it includes. row_scale: (R, 1) or None.
-    """
-
-    rows: Tensor
-    alpha: Tensor
-    row_scale: Tensor | None = None
 
 
 class NVFP4MoE(nn.Module):
@@ -288,7 +274,8 @@ class NVFP4MoE(nn.Module):
             )
         offs_E, token_of_row_R, row_of_slot_TK = sort_by_expert(index_TK, self.num_experts)
         first, down = self.first_proj, self.down_proj
-        routed = self._operand(first, x_TD, token_of_row_R=token_of_row_R)
+        mode = self._activation_scale
+        routed = make_operand(first, x_TD, mode, token_of_row_R=token_of_row_R)
         hidden_RF = first(*routed, offs_E, self._fused, x_TD.dtype)
         if callable(self.activation):
             # It may turn the zeros of rows without an expert into something else.
@@ -296,38 +283,9 @@ class NVFP4MoE(nn.Module):
             hidden_RF = torch.where(row_R1 < offs_E[-1], self.activation(hidden_RF), 0)
         if self._observer is not None:
             self._observer.observe(x_TD, hidden_RF, offs_E)
-        hidden = self._operand(down, hidden_RF, offs_E)
+        hidden = make_operand(down, hidden_RF, mode, offs_E)
         out_RD = down(*hidden, offs_E, _NO_ACTIVATION, x_TD.dtype)
         return combine(out_RD, row_of_slot_TK, weights_TK).reshape(hidden_states.shape)
-
-    def _operand(
-        self,
-        projection: ExpertProjection,
-        x: Tensor,
-        offs_E: Tensor | None = None,
-        token_of_row_R: Tensor | None = None,
-    ) -> _Operand:
-        """What ``projection`` multiplies: x (R, K), or the tokens x (T, K) of the routed rows.
-
-        The one place that decides in which form rows are quantized. Every grouped mm multiplies
-        e2m1 * block scale, so rows are rounded to these values; codes, which tensor cores with FP4
-        would take, are never made.
-        """
-        mode = self._activation_scale
-        if mode is None:
-            rows = x if token_of_row_R is None else permute(x, token_of_row_R)
-            return _Operand(rows, projection.weight_scale_2)
-        if mode == "per_token":
-            rows, row_scale = round_per_token_nvfp4(x, offs_E, token_of_row=token_of_row_R)
-            return _Operand(rows, projection.weight_scale_2, row_scale)
-        if mode == "static":
-            scale, alpha = projection.static_scale, projection.static_alpha
-            assert scale is not None
-            assert alpha is not None
-        else:
-            scale = global_scale(x)
-            alpha = projection.weight_scale_2 * scale
-        return _Operand(round_nvfp4(x, scale, offs_E, token_of_row=token_of_row_R), alpha)
 
     def extra_repr(self) -> str:
         activation = self.activation if isinstance(self.activation, str) else "callable"
@@ -352,12 +310,3 @@ def _fused_activation(
             f"got {activation!r} {'' if gated else 'un'}gated"
         )
     return Activation(_FUSED[activation, gated], limit)
-
-
-def check_activation_scale(mode: ActivationScale | None) -> ActivationScale | None:
-    """The mode, if it is one."""
-    if mode is not None and mode not in ACTIVATION_SCALES:
-        raise ValueError(
-            f"activation_scale: must be None or one of {ACTIVATION_SCALES}, got {mode!r}"
-        )
-    return mode

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import nvfp4_ops
 from nvfp4_ops.checkpoint import Checkpoint, expert_tensors, load_experts, quantization_config
-from nvfp4_ops.moe import ActivationScale
+from nvfp4_ops.operand import ActivationScale
 from tiny_moe.checkpoint import EXPERTS, checkpoint_tensors, load_checkpoint
 from tiny_moe.config import TinyMoeConfig
 from tiny_moe.model import TinyMoe

@@ -14,7 +14,8 @@ from nvfp4_ops.checkpoint.index import FLOAT_DTYPES, CheckpointError, TensorInde
 from nvfp4_ops.checkpoint.linear import INPUT_SCALE_SUFFIXES, LinearTensors
 from nvfp4_ops.checkpoint.load import Module, fill
 from nvfp4_ops.checkpoint.scheme import Scheme
-from nvfp4_ops.moe import ActivationScale, NVFP4MoE
+from nvfp4_ops.moe import NVFP4MoE
+from nvfp4_ops.operand import ActivationScale
 
 
 def open_checkpoint(directory: str | Path) -> "Checkpoint":

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from nvfp4_ops.checkpoint import CheckpointError
 from nvfp4_ops.huggingface.quantizer import METHOD
-from nvfp4_ops.moe import ActivationScale
+from nvfp4_ops.operand import ActivationScale
 
 
 def load_pretrained(

@@ -30,7 +30,7 @@ from nvfp4_ops.huggingface.families import ExpertsSpec
 from nvfp4_ops.huggingface.names import ModelNames
 from nvfp4_ops.huggingface.replace import find_experts, install, load_spec
 from nvfp4_ops.linear import NVFP4Linear
-from nvfp4_ops.moe import ActivationScale, check_activation_scale
+from nvfp4_ops.operand import ActivationScale, check_activation_scale
 
 METHOD = "nvfp4_ops"
 """quant_method that stands for any checkpoint ``open_checkpoint`` reads."""

@@ -11,7 +11,8 @@ from nvfp4_ops.checkpoint import Checkpoint, open_checkpoint
 from nvfp4_ops.huggingface.families import ExpertsSpec, experts_modules, experts_spec
 from nvfp4_ops.huggingface.names import ModelNames
 from nvfp4_ops.linear import NVFP4Linear
-from nvfp4_ops.moe import ActivationScale, NVFP4MoE
+from nvfp4_ops.moe import NVFP4MoE
+from nvfp4_ops.operand import ActivationScale
 from nvfp4_ops.weight import quantize_weight
 
 

@@ -104,9 +104,10 @@ class SortKernel:
 
     A warp owns consecutive slots and ranks 32 at a time: lanes of the same expert find each other
     by a ballot on each bit of its number, their rank is the number of lower ones, and the lowest
-    keeps count in the warp's row of the table. A scan down each column of the table gives what earlier warps have of an
-    expert, a scan over the experts where an expert starts. Where there are several CTAs each first
-    writes its column sums; the placing CTAs then sum those of all CTAs, and of the earlier ones.
+    keeps count in the warp's row of the table. A scan down each column of the table gives what
+    earlier warps have of an expert, a scan over the experts where an expert starts. Where there are
+    several CTAs each first writes its column sums; the placing CTAs then sum those of all CTAs, and
+    of the earlier ones.
 
     Every sum is of integers in a fixed order and no CTA waits for another one.
 
