@@ -98,7 +98,7 @@ class Kernel:
             text = line.split("//")[0].strip()
             if label := re.fullmatch(r"(\$\w+):", text):
                 self.labels[label[1]] = len(self.code)
-            elif text and not text.startswith((".", "}")):
+            elif text and not text.startswith((".", "{", "}")):
                 self.code.append(_parse(text))
 
     def launch(self, num_ctas: Sequence[int], params: Sequence[bytes], memory: Memory) -> None:

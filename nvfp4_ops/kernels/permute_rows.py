@@ -98,6 +98,8 @@ class PermuteKernel:
             block=[self.config.threads, 1, 1],
             stream=stream,
             use_pdl=True,
+            # Else ptxas saves registers by loading the last vector after the first stores.
+            min_blocks_per_mp=1,
         )
 
     @cute.kernel

@@ -14,11 +14,12 @@ import cuda.bindings.driver as cuda_driver
 import cutlass
 import cutlass.cute as cute
 import torch
-from cutlass import Int32, Int64, Uint16, Uint32
+from cutlass import Int32, Int64, Uint16, Uint32, Uint64
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 from torch import Tensor
 
 from nvfp4_ops.kernels.limits import MAX_EXPERTS
+from nvfp4_ops.kernels.memory import ptx
 from nvfp4_ops.kernels.permute_rows import divide
 from nvfp4_ops.kernels.swizzle_sf import VECTOR_BYTES, WARP, GetCompiled
 
@@ -34,6 +35,7 @@ MAX_SLOTS = 1 << 30
 MAX_CTAS = 128
 LOADS_IN_FLIGHT = 8
 _INDEX_TYPES = {torch.int32: Int32, torch.int64: Int64}
+_UNSIGNED_TYPES = {torch.int32: Uint32, torch.int64: Uint64}
 
 
 @dataclass(frozen=True)
@@ -171,10 +173,11 @@ class SortKernel:
         token_step = divide(Int32(WARP), top_k)
         cute.arch.griddepcontrol_wait()
         cute.arch.griddepcontrol_launch_dependents()
-        experts = self._load_experts(mIndex, num_experts)
         if cutlass.const_expr(config.stage == "place"):
             all_pairs = self._sum_counts(smem, mCounts, thread)
+        indices = self._load_indices(mIndex)
         cute.arch.sync_threads()
+        experts = self._experts(indices, Int32(mIndex.shape[0]), num_experts)
         ranked = self._rank(sCounts, experts, num_experts)
         cute.arch.sync_threads()
         own = Uint32(0)
@@ -224,18 +227,27 @@ class SortKernel:
             sWords[i * config.threads + thread] = Uint32(0)
 
     @cute.jit
-    def _load_experts(self, mIndex: cute.Tensor, num_experts: Int32) -> list:
+    def _load_indices(self, mIndex: cute.Tensor) -> list:
+        """Of the lane's slots, unsigned."""
+        unsigned = _UNSIGNED_TYPES[self.config.index_dtype]
+        last, first = Int32(mIndex.shape[0]) - 1, self._first_slot()
+        indices = []
+        for i in cutlass.range_constexpr(self.config.slots_per_thread):
+            # Past the end the last slot again: no branch between the loads.
+            indices.append(unsigned(mIndex[cutlass.min(first + i * WARP, last)]))
+        return indices
+
+    @cute.jit
+    def _experts(self, indices: list, num_slots: Int32, num_experts: Int32) -> list:
         """Expert of each of the lane's slots; num_experts where the slot gets no row."""
-        num_slots = Int32(mIndex.shape[0])
+        unsigned = _UNSIGNED_TYPES[self.config.index_dtype]
         first = self._first_slot()
         experts = []
         for i in cutlass.range_constexpr(self.config.slots_per_thread):
-            slot = first + i * WARP
             expert = Int32(num_experts)
-            if slot < num_slots:
-                index = _INDEX_TYPES[self.config.index_dtype](mIndex[slot])
-                if index >= 0 and index < num_experts:
-                    expert = Int32(index)
+            # An index below 0 is far above num_experts here.
+            if first + i * WARP < num_slots and indices[i] < unsigned(num_experts):
+                expert = Int32(indices[i])
             experts.append(expert)
         return experts
 
@@ -309,11 +321,17 @@ class SortKernel:
         """
         peers = Uint32(cute.arch.vote_ballot_sync(expert < num_experts))
         for bit in cutlass.range_constexpr((self.config.max_experts - 1).bit_length()):
-            is_set = (expert & (1 << bit)) != 0
-            others = Uint32(FULL_WARP)
-            if is_set:
-                others = Uint32(0)
-            peers = peers & (Uint32(cute.arch.vote_ballot_sync(is_set)) ^ others)
+            # From one predicate; LLVM would compute it for the ballot and again for the choice.
+            peers = peers & ptx(
+                "{\n.reg .pred p;\n.reg .b32 lanes, others;\n"
+                f"and.b32 others, {{$r0}}, {1 << bit};\n"
+                "setp.ne.b32 p, others, 0;\n"
+                f"vote.sync.ballot.b32 lanes, p, {FULL_WARP};\n"
+                "selp.b32 others, 0, -1, p;\n"
+                "xor.b32 {$w0}, lanes, others;\n}",
+                Uint32,
+                Uint32(expert),
+            )
         return peers
 
     @cute.jit
