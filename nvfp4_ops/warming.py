@@ -77,14 +77,19 @@ def warmup(
                 return frozenset(seen)
 
             visit_changes(requests, max_tokens)
+            for slots in (top_k, getattr(layer.router, "top_k", None)):
+                if slots is not None:
+                    every_tile = kernels.tokens_of_every_tile(max_tokens, slots, layer.num_experts)
+                    for num_tokens in every_tile:
+                        requests(num_tokens)
     return compile_cache.num_in_memory() - num_before
 
 
 def visit_changes(requests: Callable[[int], Requests], max_tokens: int) -> None:
     """Call ``requests`` on both sides of each number of tokens where its result changes.
 
-    Between powers of two a result that returns to what it was is not looked for: choices of
-    kernels are ladders.
+    Between powers of two a result that returns to what it was is not looked for: most choices of
+    kernels are ladders, and ``kernels.tokens_of_every_tile`` knows the one that is not.
     """
     powers = [1 << i for i in range(max_tokens.bit_length())]
     for span in pairwise([*powers, max_tokens]):

@@ -13,7 +13,11 @@ from torch import Tensor
 import nvfp4_ops
 from nvfp4_ops import Activation, kernels
 from nvfp4_ops.kernels import prepack_sm90
-from nvfp4_ops.kernels.grouped_mm_config import GroupedMmConfig, choose_config
+from nvfp4_ops.kernels.grouped_mm_config import (
+    GroupedMmConfig,
+    choose_config,
+    tokens_of_every_tile,
+)
 
 SHAPES = [(128, 128), (16, 16), (192, 112), (96, 2880), (320, 256)]
 GATED_SHAPES = [(128, 128), (32, 16), (192, 112), (96, 2880), (320, 256)]
@@ -397,6 +401,21 @@ def test_choose_config_takes_the_tile_that_holds_most_experts() -> None:
     assert tokens(3 * 8192, 8, out_fp32=True, row_scale=True) == 96
     plain = choose_config(1, 1, 32, 16)
     assert choose_config(1, 1, 32, 16, bias=True) == replace(plain, bias=True)
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "top_k", "num_experts"), [(8192, 8, 128), (300, 2, 8), (5, 1, 256), (4096, 2, 7)]
+)
+def test_tokens_of_every_tile_meet_every_tile(
+    max_tokens: int, top_k: int, num_experts: int
+) -> None:
+    def tile(tokens: int) -> tuple[int, int]:
+        config = choose_config(tokens * top_k, num_experts, 10_000, 16)
+        return config.tile_tokens, config.stages
+
+    met = tokens_of_every_tile(max_tokens, top_k, num_experts)
+    assert max(met) <= max_tokens
+    assert {tile(tokens) for tokens in met} == {tile(t) for t in range(1, max_tokens + 1)}
 
 
 def test_choose_config_splits_k_where_tiles_are_few_and_columns_many() -> None:

@@ -132,6 +132,7 @@ def _expected_time(config: GroupedMmConfig, rows: int) -> float:
     return total / len(_SCATTER)
 
 
+@lru_cache(maxsize=4096)
 def _choose_tile(rows_per_expert: int) -> GroupedMmConfig:
     for limit, tile in _LADDER:
         if rows_per_expert <= limit:
@@ -158,3 +159,19 @@ def choose_config(
         # Their addresses leave no registers for more tokens.
         return replace(config, tile_tokens=96, warpgroups=2, stages=4)
     return config
+
+
+def tokens_of_every_tile(max_tokens: int, top_k: int, num_experts: int) -> list[int]:
+    """Numbers of tokens, at most ``max_tokens``, that together meet every tile there can be.
+
+    Large tiles come and go as the rows fill them, so looking where the choice changes between two
+    numbers is not enough.
+    """
+    first: dict[GroupedMmConfig, int] = {}
+    most_rows = -(-max_tokens * top_k // num_experts)
+    for rows_per_expert in range(1, most_rows + 1):
+        # The fewest tokens with so many rows for the fullest expert.
+        tokens = (rows_per_expert - 1) * num_experts // top_k + 1
+        if tokens <= max_tokens:
+            first.setdefault(_choose_tile(rows_per_expert), tokens)
+    return list(first.values())
