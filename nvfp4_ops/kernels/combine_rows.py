@@ -17,18 +17,19 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, mak
 from torch import Tensor
 
 from nvfp4_ops.kernels.limits import num_multiprocessors
+from nvfp4_ops.kernels.memory import (
+    DTYPES,
+    VECTOR_BYTES,
+    WORD_BYTES,
+    GetCompiled,
+    follow_previous_kernel,
+)
 from nvfp4_ops.kernels.permute_rows import MAX_VECTORS, divide
-from nvfp4_ops.kernels.swizzle_sf import VECTOR_BYTES, WORD_BYTES, GetCompiled
 
 # Of an access where there is little to do: more threads, each with less to add up.
 NARROW_BYTES = 8
 # Vectors of 16 bytes a multiprocessor below which accesses are narrow, and CTAs small.
 NARROW_VECTORS_PER_SM, FEW_VECTORS_PER_SM = 64, 256
-DTYPES = {
-    torch.bfloat16: cutlass.BFloat16,
-    torch.float16: cutlass.Float16,
-    torch.float32: cutlass.Float32,
-}
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,7 @@ class CombineKernel:
         token, vector = divide(cta * config.threads + cute.arch.thread_idx()[0], columns // size)
         in_slab = token < tokens_per_slab
         token = slab * tokens_per_slab + token
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
+        follow_previous_kernel()
         inside = in_slab and token < num_tokens
         # Threads past the end load the last token: no branch around the loads.
         token = cutlass.min(token, num_tokens - 1)

@@ -15,10 +15,10 @@ from cutlass.cute import AddressSpace
 from nvfp4_ops.kernels import activation
 from nvfp4_ops.kernels.grouped_mm_config import GroupedMmConfig
 from nvfp4_ops.kernels.limits import MAX_EXPERTS
+from nvfp4_ops.kernels.memory import VECTOR_BYTES, WARP, ptx, vector_at
 from nvfp4_ops.kernels.prepack_sm90 import BLOCK_ROWS, DECODE_EXPONENT
 
-WARP, WARPGROUP = 32, 128
-VECTOR_BYTES = 16
+WARPGROUP = 4 * WARP
 MATRIX_ROWS = 8
 
 
@@ -45,10 +45,6 @@ class TileOfExpert(NamedTuple):
     block: Int32
     first_row: Int32
     num_left: Int32
-
-
-def ptx(code: str, *args):
-    return cute.arch.inline_ptx(code, write_only_types=[Uint32], read_only_args=list(args))
 
 
 def load_16_bytes(pointer, out):
@@ -201,9 +197,9 @@ class Epilogue:
             for eight in cutlass.range_constexpr(first, first + eights):
                 for r in cutlass.range_constexpr(rows):
                     i = eight * 4 + r * 2
-                    packed.append(
-                        ptx("cvt.rn.bf16x2.f32 {$w0}, {$r0}, {$r1};", values[i + 1], values[i])
-                    )
+                    high_low = values[i + 1], values[i]
+                    code = "cvt.rn.bf16x2.f32 {$w0}, {$r0}, {$r1};"
+                    packed.append(ptx(code, Uint32, *high_low))
             # Lane 8 m + i gives the address of line i of matrix m; lanes past the last repeat it.
             matrix = (lane // MATRIX_ROWS) % len(packed)
             token = (first + matrix // rows) * 8 + lane % MATRIX_ROWS - start
@@ -236,14 +232,9 @@ class Epilogue:
                     load_16_bytes(lines + line + (thread % chunks) * VECTOR_BYTES, chunk)
                     row = Int64(tile.first_row + token)
                     address = arguments.out.toint() + (row * Int64(num_columns) + Int64(column)) * 2
-                    cute.autovec_copy(chunk, _vector_at(address))
+                    cute.autovec_copy(chunk, vector_at(address, 4))
             # The lines that follow may not overtake these loads.
             cute.arch.barrier(barrier_id=barrier, number_of_threads=WARPGROUP)
-
-
-def _vector_at(address: Int64):
-    pointer = cute.make_ptr(Uint32, address, AddressSpace.gmem, assumed_align=VECTOR_BYTES)
-    return cute.make_tensor(pointer, cute.make_layout(4))
 
 
 @cute.jit
@@ -266,7 +257,7 @@ def zero_tail(
     zeros = cute.make_rmem_tensor(cute.make_layout(4), Uint32)
     zeros.fill(0)
     while chunk < last:
-        cute.autovec_copy(zeros, _vector_at(out.toint() + chunk * VECTOR_BYTES))
+        cute.autovec_copy(zeros, vector_at(out.toint() + chunk * VECTOR_BYTES, 4))
         chunk = chunk + Int64(grid * num_threads)
 
 

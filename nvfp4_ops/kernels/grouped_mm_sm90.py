@@ -15,17 +15,18 @@ from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
 
 from nvfp4_ops.kernels.grouped_mm_config import GroupedMmConfig
 from nvfp4_ops.kernels.grouped_mm_epilogue_sm90 import (
+    WARPGROUP,
     Epilogue,
     EpilogueArguments,
     SplitReduction,
     TileOfExpert,
     columns_of_block,
     load_16_bytes,
-    ptx,
     staging_bytes,
     zero_tail,
 )
 from nvfp4_ops.kernels.limits import MAX_EXPERTS
+from nvfp4_ops.kernels.memory import WARP, follow_previous_kernel, ptx
 from nvfp4_ops.kernels.prepack_sm90 import (
     BLOCK_BYTES,
     BLOCK_COLUMNS,
@@ -34,20 +35,18 @@ from nvfp4_ops.kernels.prepack_sm90 import (
 )
 from nvfp4_ops.kernels.ragged_tile_list import RaggedTileList
 
-WARP = 32
-WARPGROUP = 128
 # A box of x: the 128 bytes of a row that a swizzle pattern spans.
 BOX_COLUMNS = 64
 EVICT_FIRST = 0x12F0000000000000
 
 
 def _lop3(a, b, c, table: int):
-    return ptx(f"lop3.b32 {{$w0}}, {{$r0}}, {{$r1}}, {{$r2}}, {table};", a, b, c)
+    return ptx(f"lop3.b32 {{$w0}}, {{$r0}}, {{$r1}}, {{$r2}}, {table};", Uint32, a, b, c)
 
 
 def _register(value: int):
     """A constant that stays in a register, so that one lop3 can take two of them."""
-    return ptx(f"mov.b32 {{$w0}}, {value};")
+    return ptx(f"mov.b32 {{$w0}}, {value};", Uint32)
 
 
 def _multiply_by_half(a, scales, half: int):
@@ -57,6 +56,7 @@ def _multiply_by_half(a, scales, half: int):
         "{.reg .b16 l,h; .reg .b32 t; mov.b32 {l,h}, {$r1}; "
         f"mov.b32 t, {{{part},{part}}}; "
         "mul.rn.bf16x2 {$w0}, {$r0}, t;}",
+        Uint32,
         a,
         scales,
     )
@@ -65,7 +65,7 @@ def _multiply_by_half(a, scales, half: int):
 def _decode_word(word, scales, out, base: int):
     """Eight codes (four of row g, four of row g + 8) to four bf16x2 operand registers."""
     mask = Uint32(0x81C081C0)
-    rotated = ptx("shf.l.wrap.b32 {$w0}, {$r0}, {$r0}, 28;", word)
+    rotated = ptx("shf.l.wrap.b32 {$w0}, {$r0}, {$r0}, 28;", Uint32, word)
     merged = ((word << Uint32(2)) & Uint32(0x80C080C0)) | ((word >> Uint32(6)) & Uint32(0x01000100))
     out[base + 0] = _multiply_by_half(word & mask, scales, 0)
     out[base + 1] = _multiply_by_half((word << Uint32(6)) & mask, scales, 1)
@@ -225,8 +225,7 @@ class GroupedMmSm90:
                 weight, sRowEnd, sTileEnd, guessed_tiles,
                 num_experts, row_tiles, row_blocks, used_blocks, column_blocks,
             )  # fmt: skip
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
+        follow_previous_kernel()
         num_tiles = self.tiles.scan(mOffs, sRowEnd, sTileEnd, num_experts, row_tiles)
         if cutlass.const_expr(config.cluster > 1):
             cute.arch.cluster_wait()

@@ -16,7 +16,12 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 from torch import Tensor
 
 from nvfp4_ops.kernels.limits import num_multiprocessors
-from nvfp4_ops.kernels.swizzle_sf import VECTOR_BYTES, WORD_BYTES, GetCompiled
+from nvfp4_ops.kernels.memory import (
+    VECTOR_BYTES,
+    WORD_BYTES,
+    GetCompiled,
+    follow_previous_kernel,
+)
 
 MAX_VECTORS = (1 << 31) - (1 << 16)
 """Of one slab of rows, so that positions in it are 32-bit numbers."""
@@ -123,8 +128,7 @@ class PermuteKernel:
             row, col = divide(first + i * config.threads, vectors_per_row)
             rows.append(row)
             cols.append(col)
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
+        follow_previous_kernel()
         for i in cutlass.range_constexpr(config.vectors_per_thread):
             # Past the end the last row again: no branch between the loads.
             tokens.append(Int32(mTokens[first_row + cutlass.min(rows[i], num_rows - 1)]))

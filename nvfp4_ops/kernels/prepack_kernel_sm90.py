@@ -17,6 +17,7 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
+from nvfp4_ops.kernels.memory import WARP, WORD_BYTES, GetCompiled, bytes_at, vector_at
 from nvfp4_ops.kernels.prepack_sm90 import (
     BIT_POSITIONS,
     BLOCK_BYTES,
@@ -26,7 +27,6 @@ from nvfp4_ops.kernels.prepack_sm90 import (
     GATED_RANK,
     SIGN_IN_OTHER_HALF,
 )
-from nvfp4_ops.kernels.swizzle_sf import WARP, WORD_BYTES, GetCompiled, bytes_at, vector_at
 
 WARPS_PER_BLOCK = 4
 # A CTA has two warps side by side on each 16 rows, and each takes two blocks: a row's reads are

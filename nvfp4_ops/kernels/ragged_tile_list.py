@@ -10,8 +10,7 @@ import cutlass.cute as cute
 from cutlass import Int32
 
 from nvfp4_ops.kernels.limits import MAX_EXPERTS
-
-WARP = 32
+from nvfp4_ops.kernels.memory import WARP
 
 
 class RaggedTileList:

@@ -19,9 +19,14 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 from torch import Tensor
 
 from nvfp4_ops.kernels.limits import MAX_EXPERTS
-from nvfp4_ops.kernels.memory import ptx
+from nvfp4_ops.kernels.memory import (
+    VECTOR_BYTES,
+    WARP,
+    GetCompiled,
+    follow_previous_kernel,
+    ptx,
+)
 from nvfp4_ops.kernels.permute_rows import divide
-from nvfp4_ops.kernels.swizzle_sf import VECTOR_BYTES, WARP, GetCompiled
 
 FULL_WARP = 0xFFFFFFFF
 # Counters of two experts in a word, of 16 bits each: a CTA has at most 2^13 slots.
@@ -171,8 +176,7 @@ class SortKernel:
         self._zero(sPairs, thread)
         first_token = divide(self._first_slot(), top_k)
         token_step = divide(Int32(WARP), top_k)
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
+        follow_previous_kernel()
         if cutlass.const_expr(config.stage == "place"):
             all_pairs = self._sum_counts(smem, mCounts, thread)
         indices = self._load_indices(mIndex)
