@@ -15,6 +15,7 @@ from typing import Any
 import hf_models
 import pytest
 import torch
+from compare import assert_bytes_equal
 from hf_models import build, decoded_twin, fake_quantized, relative_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -280,16 +281,18 @@ SHIPPED = Path(__file__).parent.parent / "examples" / "checkpoint"
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", [None, "static", "per_token", "per_tensor"], ids=str)
 @torch.no_grad()
-def test_load_pretrained_on_gpu_is_near_the_cpu(mode: str | None) -> None:
-    """A trained model: it does not amplify roundings as the random ones do."""
+def test_load_pretrained_on_gpu_is_as_near_float32_as_the_cpu(mode: str | None) -> None:
+    """In bf16 a rounding that goes the other way moves whole codes, on either device."""
     ids = torch.randint(3, 2048, (2, 64))
-    cpu, gpu = (
-        load_pretrained(SHIPPED, device=device, activation_scale=mode) for device in ("cpu", "cuda")
+    cpu, gpu, exact = (
+        load_pretrained(SHIPPED, device=device, activation_scale=mode, dtype=dtype)
+        for device, dtype in (("cpu", "auto"), ("cuda", "auto"), ("cpu", torch.float32))
     )
     assert {tensor.device.type for tensor in (*gpu.parameters(), *gpu.buffers())} == {"cuda"}
-    got, expected = gpu(ids.cuda()).logits.cpu(), cpu(ids).logits
-    assert relative_error(got, expected) < 0.1
-    assert (got.argmax(dim=-1) == expected.argmax(dim=-1)).float().mean() > 0.9
+    expected = exact(ids).logits
+    error_cpu = relative_error(cpu(ids).logits, expected)
+    error_gpu = relative_error(gpu(ids.cuda()).logits.cpu(), expected)
+    assert error_gpu < 1.3 * error_cpu + 0.01
 
 
 @pytest.mark.gpu
@@ -299,8 +302,9 @@ def test_load_pretrained_linears_on_gpu_are_near_the_cpu(name: str) -> None:
     ids, _ = producers_logits(name)
     cpu, gpu = (load_pretrained(MODELS / name, device=device) for device in ("cpu", "cuda"))
     assert relative_error(gpu(ids.cuda()).logits.cpu(), cpu(ids).logits) < 0.05
-    for name, tensor in gpu.state_dict().items():
-        assert torch.equal(tensor.cpu().view(torch.uint8), cpu.state_dict()[name].view(torch.uint8))
+    expected = cpu.state_dict()
+    for tensor_name, tensor in gpu.state_dict().items():
+        assert_bytes_equal(tensor.cpu(), expected[tensor_name])
 
 
 @pytest.mark.gpu

@@ -212,7 +212,13 @@ def test_prepack_on_a_gpu_takes_any_strides_and_no_experts() -> None:
         assert_bytes_equal(nvfp4_ops.prepack_weight(moved, sf.cuda()).cpu(), expected)
     none = nvfp4_ops.prepack_weight(codes[:0].cuda(), sf[:0].cuda())
     assert none.shape == (0, 1, 1, 4608)
-    assert kernels.unpack(none, 64, 96)[0].shape == (0, 64, 48)
+
+
+def test_unpack_takes_no_experts() -> None:
+    codes, sf = weights(2, 64, 96)
+    none = nvfp4_ops.prepack_weight(codes[:0], sf[:0])
+    for got, wanted in zip(kernels.unpack(none, 64, 96), (codes[:0], sf[:0]), strict=True):
+        assert_bytes_equal(got, wanted)
 
 
 @pytest.mark.gpu

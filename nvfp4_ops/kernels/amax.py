@@ -191,6 +191,8 @@ def launch_row_scales(*, x: Tensor, scale: Tensor, get_compiled: GetCompiled) ->
     x: (R, K), ``memory.why_no_rows(x)`` None. scale: fp32, R elements, contiguous.
     get_compiled: from an ``AmaxConfig`` to what ``build`` returns for it.
     """
+    if scale.numel() == 0:
+        return
     row_bytes = x.shape[1] * x.itemsize
     row_warps = choose_row_warps(x.shape[0], row_bytes, num_multiprocessors(x.device))
     config = AmaxConfig(x.dtype, "row", row_warps)

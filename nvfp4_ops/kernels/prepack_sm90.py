@@ -189,7 +189,8 @@ def unpack(prepacked: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
     codes = _crop_rows(codes, n, k, gated=gated)
     scales = _decode_scales(scale_bytes).reshape(*shape, 4, 8, 4, 2, 2)  # warp, g, group, rh, block
     scales = scales.permute(0, 1, 3, 6, 4, 2, 5, 7)
-    sf = scales.reshape(num_experts, row_blocks * BLOCK_ROWS, -1)
+    num_blocks = nvfp4.num_blocks(column_blocks * BLOCK_COLUMNS)
+    sf = scales.reshape(num_experts, row_blocks * BLOCK_ROWS, num_blocks)
     sf = _crop_rows(sf, n, nvfp4.num_blocks(k), gated=gated)
     packed = codes[..., 0::2] | (codes[..., 1::2] << 4)
     return packed.contiguous(), sf.contiguous().view(torch.float8_e4m3fn)
