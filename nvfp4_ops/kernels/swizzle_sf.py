@@ -56,10 +56,11 @@ class SwizzleConfig:
 class SwizzleKernel:
     """swizzled[tile_row(r), c] = linear[r, c], zero elsewhere; or the inverse.
 
-    Four warps move one row tile x 16 column tiles, a lane one line of four of them: it reads up to
-    16 bytes of each of its four rows and writes four times 16 bytes (or the other way round). Pads
-    are zeroed by the same stores. Unswizzling has further CTAs for the rows of no expert. No limits
-    on sizes but ``MAX_EXPERTS`` where ragged.
+    Four warps each move one row tile x 16 column tiles, a lane one line of four of them: it reads
+    up to 16 bytes of each of its four rows and writes four times 16 bytes (or the other way round).
+    A CTA has up to four such groups side by side (``choose_threads``). Pads are zeroed by the same
+    stores. Unswizzling has further CTAs for the rows of no expert. No limits on sizes but
+    ``MAX_EXPERTS`` where ragged.
     """
 
     def __init__(self, config: SwizzleConfig) -> None:
@@ -233,6 +234,19 @@ def build(config: SwizzleConfig, options: str = "") -> Callable[..., None]:
     return SwizzleKernel(config).compile(options)
 
 
+def choose_threads(num_cols: int) -> int:
+    """Four warps for each 64 columns, up to four times: a CTA has whole rows of up to 256 bytes.
+
+    Those of a row tile are contiguous on both sides. CTAs of a part of them each come back to the
+    same pages of memory when all row tiles are through.
+
+    >>> [choose_threads(num_cols) for num_cols in (1, 64, 65, 128, 192, 448)]
+    [128, 128, 256, 256, 512, 512]
+    """
+    cols_per_cta = LANES_ACROSS * VECTOR_BYTES
+    return next((128 * wide for wide in (1, 2) if num_cols <= wide * cols_per_cta), 512)
+
+
 def row_alignment(linear: Tensor) -> int:
     """Widest of 16, 4, 1 bytes that divides the length and the address of every row."""
     for width in (VECTOR_BYTES, WORD_BYTES):
@@ -252,7 +266,8 @@ def _launch(
     if linear.shape[-1] == 0 or linear.numel() == swizzled.numel() == 0:
         return
     rows = linear.view(torch.uint8).view(-1, linear.shape[-1])
-    config = SwizzleConfig(direction, offs is not None, row_alignment(rows))
+    threads = choose_threads(rows.shape[1])
+    config = SwizzleConfig(direction, offs is not None, row_alignment(rows), threads)
     get_compiled(config)(rows, tiles_view(swizzled), offs, linear.shape[-2])
 
 
