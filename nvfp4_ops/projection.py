@@ -100,6 +100,8 @@ class ExpertProjection(nn.Module):
         offs_E: Tensor,
         activation: Activation,
         out_dtype: torch.dtype,
+        *,
+        early_weights: bool = False,
     ) -> Tensor:
         """Float rows times each one's expert; alpha as ``weight_scale_2``, which it includes."""
         return grouped_scaled_mm(
@@ -114,6 +116,7 @@ class ExpertProjection(nn.Module):
             activation=activation,
             out_dtype=out_dtype,
             num_columns=self.num_rows if self.prepacked else None,
+            early_weights=early_weights,
         )
 
     @property

@@ -181,11 +181,11 @@ WGMMA_WAIT = (0x00008000000079C5).to_bytes(8, "little")
 PLAIN: dict[str, Any] = {"out_fp32": False, "row_scale": False, "bias": False}
 EPILOGUES: list[dict[str, Any]] = [
     PLAIN,
-    PLAIN | {"row_scale": True},
+    PLAIN | {"row_scale": True, "early_weights": True},
     PLAIN | {"out_fp32": True},
     {"out_fp32": True, "row_scale": True, "bias": True},
     {"row_scale": True, "bias": True, "activation": "relu2"},
-    {"activation": "silu_mul", "gated": True, "limit": 7.0},
+    {"activation": "silu_mul", "gated": True, "limit": 7.0, "early_weights": True},
     {"row_scale": True, "bias": True, "activation": "gelu_tanh_mul", "gated": True},
 ]
 
@@ -319,7 +319,8 @@ def test_grouped_mm_kernel_equals_the_reference(case: dict[str, Any]) -> None:
     bound = (2**-16 if fp32 else 2**-7) * (expected.abs() + scale)
     assert (error <= bound).all(), f"worst {(error / (expected.abs() + scale)).max():.2e}"
     assert (actual[int(arguments["offs"][-1]) :] == 0).all()
-    assert_bytes_equal(on_gpu(arguments, codes, sf).double(), actual)
+    again = on_gpu(arguments | {"early_weights": True}, codes, sf)
+    assert_bytes_equal(again.double(), actual)
 
 
 @pytest.mark.gpu

@@ -106,12 +106,14 @@ def grouped_mm(
     bias: Tensor | None = None,
     activation: str = "none",
     limit: float | None = None,
+    early_weights: bool = False,
 ) -> None:
     """out[r, n] = act(alpha[e, segment(n)] * row_scale[r] * sum_k x[r, k] W[e, n, k] + bias[e, n]).
 
     x: (R, K) bf16, contiguous. weight: prepacked; rank 5 for gated activations, else rank 4.
     offs: (E,) int32. alpha: fp32 (E,) or (E, 2). out: (R, N), or (R, N / 2) where gated, bf16 or
-    fp32, contiguous, written whole. row_scale: (R,) fp32. bias: (E, N) fp32.
+    fp32, contiguous, written whole. row_scale: (R,) fp32. bias: (E, N) fp32. early_weights: see
+    ``GroupedMmConfig``.
     """
     from nvfp4_ops.kernels import grouped_mm_sm90
 
@@ -125,6 +127,7 @@ def grouped_mm(
         num_experts,
         weight.shape[1],
         column_blocks,
+        early_weights=early_weights,
         out_fp32=out.dtype == torch.float32,
         row_scale=row_scale is not None,
         bias=bias is not None,

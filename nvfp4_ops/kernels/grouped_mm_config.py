@@ -31,6 +31,8 @@ class GroupedMmConfig:
     stages: depth of the shared-memory pipeline; a stage is 128 columns, or 128 a warpgroup.
     blocks_per_sm: persistent CTAs on each multiprocessor.
     cluster: CTAs that share the rows of x: each loads its part and multicasts it to all.
+    early_weights: load the first weights before the kernel ahead is complete. ``offs`` must have
+        been complete when that kernel started.
     out_fp32: write fp32 rather than bf16.
     row_scale, bias: whether the epilogue has them.
     activation, limit: fused activation; a gated one needs weights prepacked ``gated``.
@@ -42,6 +44,7 @@ class GroupedMmConfig:
     blocks_per_sm: int = 1
     cluster: int = 1
     split_k: bool = False
+    early_weights: bool = False
     out_fp32: bool = False
     row_scale: bool = False
     bias: bool = False

@@ -39,6 +39,7 @@ class _Arguments(NamedTuple):
     limit: float | None = None
     out_dtype: torch.dtype = torch.bfloat16
     num_columns: int | None = None
+    early_weights: bool = False
 
     @property
     def n(self) -> int:
@@ -116,7 +117,7 @@ def _check_operands(arguments: _Arguments) -> None:
 
 
 def _check(arguments: _Arguments, act: Activation) -> None:
-    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, _ = arguments
+    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, *_ = arguments
     check_rank("a", a, 2, "(R, K) or (R, K/2) codes")
     _check_operands(arguments)
     num_experts, n = b.shape[0], arguments.n
@@ -180,7 +181,7 @@ def _kernel(*args: Any) -> Tensor:
     arguments = _Arguments(*args)
     act = Activation(arguments.activation, arguments.limit)
     _check(arguments, act)
-    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, _ = arguments
+    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, *_ = arguments
     if a.is_cuda:
         dtype = a.dtype if sf_a is None else torch.bfloat16
         reason = kernels.why_no_grouped_mm(a.device, b.shape[0], dtype, out_dtype)
@@ -232,6 +233,7 @@ def _run_kernel(arguments: _Arguments, act: Activation) -> Tensor:
         bias=None if bias is None else bias.float().contiguous(),
         activation=fused.name,
         limit=fused.limit,
+        early_weights=arguments.early_weights,
     )
     # The activation sees the unrounded sums, as the contract says.
     return out if fused == act else activations.apply(act, out).to(out_dtype)
@@ -240,7 +242,8 @@ def _run_kernel(arguments: _Arguments, act: Activation) -> Tensor:
 _op = register(
     "grouped_scaled_mm(Tensor a, Tensor b, Tensor? sf_a, Tensor? sf_b, Tensor alpha, Tensor offs,"
     ' Tensor? row_scale=None, Tensor? bias=None, str activation="none", float? limit=None,'
-    " ScalarType out_dtype=bfloat16, SymInt? num_columns=None) -> Tensor",
+    " ScalarType out_dtype=bfloat16, SymInt? num_columns=None,"
+    " bool early_weights=False) -> Tensor",
     fake=_fake,
     kernel=_kernel,
 )
@@ -259,6 +262,7 @@ def grouped_scaled_mm(  # noqa: PLR0913 - the equation has this many terms
     activation: Activation | str | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     num_columns: int | None = None,
+    early_weights: bool = False,
 ) -> Tensor:
     """Multiply ragged rows with the NVFP4 weight of their expert (2D x 3D).
 
@@ -288,6 +292,10 @@ def grouped_scaled_mm(  # noqa: PLR0913 - the equation has this many terms
         activation: a fused activation or its name (see ``nvfp4_ops.Activation``), or None.
         out_dtype: bf16, fp16 or fp32.
         num_columns: N, with prepacked ``b`` only, which is padded.
+        early_weights: a GPU may read ``offs`` and start to load weights while the kernel launched
+            just before this one still runs, which hides what a launch costs. ``b`` and ``offs``
+            must have been complete when that kernel started: so they are if it, or one before it,
+            waited for the kernel that wrote ``offs``, as one that permutes rows by it does.
 
     Returns:
         (R, N), or (R, N / 2) with a gated activation, of ``out_dtype``.
@@ -299,5 +307,17 @@ def grouped_scaled_mm(  # noqa: PLR0913 - the equation has this many terms
     """
     act = Activation(activation or "none") if not isinstance(activation, Activation) else activation
     return _op(
-        a, b, sf_a, sf_b, alpha, offs, row_scale, bias, act.name, act.limit, out_dtype, num_columns
+        a,
+        b,
+        sf_a,
+        sf_b,
+        alpha,
+        offs,
+        row_scale,
+        bias,
+        act.name,
+        act.limit,
+        out_dtype,
+        num_columns,
+        early_weights,
     )
