@@ -38,7 +38,7 @@ from nvfp4_ops.kernels.memory import (
     why_no_rows,
 )
 
-WARPS = 8
+MIN_WARPS, MAX_WARPS = 4, 8
 # Registers of a lane that hold its inputs.
 _MAX_INPUT_WORDS = 64
 
@@ -59,6 +59,11 @@ class PerTokenConfig:
     values: bool = False
     gather: bool = False
 
+    @property
+    def warps(self) -> int:
+        """Of a CTA: small ones come and go more evenly."""
+        return max(MIN_WARPS, self.row_warps)
+
 
 class PerTokenKernel:
     """scale[r] = global_scale(act(x[r])); codes, block_scale = quantize_nvfp4(act(x), scale).
@@ -73,15 +78,15 @@ class PerTokenKernel:
     """
 
     def __init__(self, config: PerTokenConfig) -> None:
-        if not 0 < config.row_warps <= WARPS or WARPS % config.row_warps:
-            raise ValueError(f"row_warps: must divide {WARPS}, got {config.row_warps}")
+        if not 0 < config.row_warps <= MAX_WARPS or MAX_WARPS % config.row_warps:
+            raise ValueError(f"row_warps: must divide {MAX_WARPS}, got {config.row_warps}")
         if config.gather and not config.values:
             raise ValueError("gather: only of values")
         self.config = config
         # A block in mOut: its elements, two codes to one, and its bytes.
         self.out_size = nvfp4.BLOCK_SIZE if config.values else CODE_BYTES
         self.out_bytes = VALUE_BYTES if config.values else CODE_BYTES
-        self.rows_per_cta = WARPS // config.row_warps
+        self.rows_per_cta = config.warps // config.row_warps
         self.blocks = BlockQuantizer(config.dtype, config.activation, config.limit)
 
     @cute.jit
@@ -97,7 +102,7 @@ class PerTokenKernel:
     ):
         self.kernel(mX, mOffs, mTokenOfRow, mOut, mSf, mScale).launch(
             grid=[cute.ceil_div(Int32(mOut.shape[0]), self.rows_per_cta), 1, 1],
-            block=[WARPS * WARP, 1, 1],
+            block=[self.config.warps * WARP, 1, 1],
             stream=stream,
             use_pdl=True,
         )
@@ -138,7 +143,7 @@ class PerTokenKernel:
                 absolute = self.blocks.absolute([rWords[j, i] for j in range(num_words)])
                 amax = cute.arch.fmax(amax, self.blocks.amax(absolute), nan=True)
         # The CTA reduces together, so warps without a row take part.
-        amax = warps_amax(amax, row_warps, WARPS)
+        amax = warps_amax(amax, row_warps, self.config.warps)
         if row < num_rows:
             global_scale = Float32(1.0)
             if inside:
@@ -229,11 +234,11 @@ def choose_config(
     values: bool = False,
     gather: bool = False,
 ) -> PerTokenConfig | None:
-    """Fewest idle lanes, then two blocks a lane, over which its scales are amortised; None where
-    a row does not fit.
+    """Fewest idle lanes, then fewest warps a row: a lane's scales serve as many blocks as fit its
+    registers, and fewer warps wait for each other. None where a row does not fit.
 
     >>> [choose_config(torch.bfloat16, k).row_warps for k in (512, 2048, 2880, 7168, 16384)]
-    [1, 2, 2, 8, 8]
+    [1, 1, 2, 4, 8]
     """
     num_cols = nvfp4.num_blocks(k)
     block_words = (
@@ -247,9 +252,7 @@ def choose_config(
     ]
     if not shapes:
         return None
-    row_warps, blocks_per_lane = min(
-        shapes, key=lambda shape: (shape[0] * shape[1], abs(shape[1] - 2))
-    )
+    row_warps, blocks_per_lane = min(shapes, key=lambda shape: (shape[0] * shape[1], shape[0]))
     return PerTokenConfig(
         dtype, ragged, row_warps, blocks_per_lane, activation, limit, values, gather
     )

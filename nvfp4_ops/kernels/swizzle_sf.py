@@ -240,11 +240,10 @@ def choose_threads(num_cols: int) -> int:
     Those of a row tile are contiguous on both sides. CTAs of a part of them each come back to the
     same pages of memory when all row tiles are through.
 
-    >>> [choose_threads(num_cols) for num_cols in (1, 64, 65, 128, 192, 448)]
-    [128, 128, 256, 256, 512, 512]
+    >>> [choose_threads(num_cols) for num_cols in (1, 64, 65, 256, 448)]
+    [128, 128, 512, 512, 512]
     """
-    cols_per_cta = LANES_ACROSS * VECTOR_BYTES
-    return next((128 * wide for wide in (1, 2) if num_cols <= wide * cols_per_cta), 512)
+    return 128 if num_cols <= LANES_ACROSS * VECTOR_BYTES else 512
 
 
 def row_alignment(linear: Tensor) -> int:

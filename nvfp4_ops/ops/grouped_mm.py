@@ -206,7 +206,7 @@ def _kernel(*args: Any) -> Tensor:
 
 def _run_kernel(arguments: _Arguments, act: Activation) -> Tensor:
     """The GPU's kernel, after what it does not do itself."""
-    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, _ = arguments
+    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, *_ = arguments
     n, k = arguments.n, arguments.k
     if sf_a is not None:
         # Every e2m1 * e4m3 product is exact in bf16.
