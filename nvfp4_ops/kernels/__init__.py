@@ -13,9 +13,14 @@ from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
 from nvfp4_ops.kernels import compile_cache, prepack_sm90
-from nvfp4_ops.kernels.grouped_mm_config import choose_config, tokens_of_every_tile
+from nvfp4_ops.kernels.grouped_mm_config import choose_config, tokens_of_every_config
 from nvfp4_ops.kernels.limits import MAX_EXPERTS, num_multiprocessors
-from nvfp4_ops.kernels.prepack_sm90 import GATED_RANK, PLAIN_RANK, prepacked_shape
+from nvfp4_ops.kernels.prepack_sm90 import (
+    GATED_RANK,
+    PLAIN_RANK,
+    num_weight_blocks,
+    prepacked_shape,
+)
 
 __all__ = [
     "GATED_RANK",
@@ -24,6 +29,7 @@ __all__ = [
     "dequantize",
     "global_scale",
     "grouped_mm",
+    "num_weight_blocks",
     "permute",
     "prepack",
     "prepacked_shape",
@@ -33,7 +39,7 @@ __all__ = [
     "round_rows_per_token",
     "sort_by_expert",
     "swizzle",
-    "tokens_of_every_tile",
+    "tokens_of_every_config",
     "unpack",
     "unswizzle",
     "why_no_elementwise",
