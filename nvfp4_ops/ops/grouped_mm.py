@@ -12,6 +12,7 @@ from nvfp4_ops import format as nvfp4
 from nvfp4_ops import kernels, reference
 from nvfp4_ops.activation import Activation
 from nvfp4_ops.ops.quantize import FLOAT_DTYPES
+from nvfp4_ops.ops.swizzle import unswizzle_sf
 from nvfp4_ops.registry import (
     check_dtype,
     check_multiple,
@@ -215,7 +216,7 @@ def _run_kernel(arguments: _Arguments, act: Activation) -> Tensor:
         a = decoded
     if sf_b is not None:
         if sf_b.ndim == 4:
-            sf_b = reference.unswizzle_sf(sf_b, (b.shape[0], n, nvfp4.num_blocks(k)))
+            sf_b = unswizzle_sf(sf_b, (b.shape[0], n, nvfp4.num_blocks(k)))
         b = kernels.prepack(b, sf_b, gated=act.gated)
     # A gated activation is fused where its weights are prepacked for it, others always.
     fused = act if b.ndim == kernels.GATED_RANK or not act.gated else Activation()
