@@ -125,9 +125,7 @@ def parts_of(split: GraphModule) -> list[tuple[str, list[str]]]:
     if not children:
         return [("engine", ops_of(split))]
     kinds = {"_run_on_acc_": "engine", "_run_on_gpu_": "torch"}
-    return [
-        (kinds[name.rstrip("0123456789")], ops_of(module)) for name, module in children
-    ]
+    return [(kinds[name.rstrip("0123456789")], ops_of(module)) for name, module in children]
 
 
 def network_of(module: GraphModule, *inputs: Any, out_dtype: torch.dtype, **options: Any) -> Any:

@@ -148,6 +148,10 @@ def _fake_linear(
     return x.new_empty((x.shape[0], projection.out_features))
 
 
+def _backward(*_: object) -> None:
+    raise NotImplementedError("nvfp4_ops layers are for inference and have no backward")
+
+
 _PROJECTION = (
     "Tensor {0}weight, Tensor? {0}weight_scale, Tensor {0}alpha, Tensor? {0}input_scale,"
     " Tensor? {0}bias"
@@ -168,6 +172,7 @@ for _name, _kernel, _fake in (("moe", _moe, _fake_moe), ("linear", _linear, _fak
     _LIBRARY.define(_SCHEMAS[_name], tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"nvfp4_ops::{_name}", _fake, lib=_LIBRARY)
+    torch.library.register_autograd(f"nvfp4_ops::{_name}", _backward, lib=_LIBRARY)
 
 MOE = torch.ops.nvfp4_ops.moe.default
 LINEAR = torch.ops.nvfp4_ops.linear.default

@@ -49,8 +49,9 @@ def _source(node: Any, index: int) -> Node:
     if not isinstance(node, Node) or node.target is not operator.getitem:
         raise _NoMatch
     source, position = node.args
-    _require(isinstance(source, Node) and position == index)
-    return source  # type: ignore[return-value]
+    if not isinstance(source, Node) or position != index:
+        raise _NoMatch
+    return source
 
 
 def _value(node: Any) -> torch.Tensor:
@@ -109,8 +110,9 @@ def _same(node: Any, other: Any) -> bool:
     """One value: the same node, or the same result of the same call."""
     if node is other:
         return True
-    items = isinstance(node, Node) and isinstance(other, Node)
-    return items and node.target is other.target is operator.getitem and node.args == other.args
+    if not (isinstance(node, Node) and isinstance(other, Node)):
+        return False
+    return node.target is other.target is operator.getitem and node.args == other.args
 
 
 def _read_mm(node: Any) -> dict[str, Any]:

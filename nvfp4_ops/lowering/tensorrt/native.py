@@ -2,7 +2,9 @@
 
 TensorRT recognises the pattern and runs it on tensor cores with FP4. Its rule of rounding
 activations is that of ``round_nvfp4`` but for the order of fp32 operations, so a code differs now
-and then; weights are decoded exactly. Imports TensorRT: only ``register`` imports this.
+and then. Where a GPU has no kernel for the pattern, as weight-only, weights are decoded to the
+dtype of x, block scale times global scale first, which TensorRT wants in that dtype too.
+Imports TensorRT: only ``register`` imports this.
 """
 
 import warnings
@@ -46,12 +48,16 @@ def why_no_native_linear(node: Node, settings: Any = None) -> str | None:
             'build time: use "static" or None'
         )
     if tensors["weight_scale"] is None:
-        return "its weights are prepacked for this GPU's own grouped mm"
+        return "its weights are prepacked for the grouped mm of this package"
+    if tensors["weight_scale"].ndim != LINEAR_RANK:
+        return "its weight scales are swizzled"
     if mode == "static" and tensors["input_scale"] is None:
         return "its input scale is not a constant"
     return None
 
 
+LINEAR_RANK = 3
+"""Of linear block scales (E, N, K/16); swizzled ones have rank 4."""
 LINEAR_MODE = [x.name for x in LINEAR._schema.arguments].index("activation_scale")
 
 

@@ -5,7 +5,8 @@ stream. Such an engine runs only where ``register(plugin=True)`` was called befo
 package, and not without Python. It saves the graph breaks; the kernels are the same.
 
 Plugins have neither optional inputs nor uint8: a missing tensor is a placeholder, one-byte weights
-are int8, and ``options``, the plugin's one attribute, is JSON that says which and what for.
+are int8, and ``options``, the plugin's one attribute, is JSON that says which and what for. It is
+an array of bytes: TensorRT serializes an attribute by its address, which a str does not keep.
 Imports TensorRT: only ``register`` imports this.
 """
 
@@ -14,6 +15,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import tensorrt as trt
 import tensorrt.plugin as trtp
 import torch
@@ -25,6 +27,8 @@ from nvfp4_ops.lowering.tensorrt.composite import LINEAR, MOE
 from nvfp4_ops.lowering.tensorrt.constants import LAYER_INPUTS, add_constant, constants_of
 
 PLUGIN_OPS = (MOE, LINEAR)
+# npt.NDArray is no longer this from numpy 2.5 on, and TensorRT wants this.
+Options = np.ndarray[Any, np.dtype[np.int8]]
 _ONE_BYTE = {str(dtype): dtype for dtype in (torch.uint8, torch.float8_e4m3fn)}
 _TORCH_DTYPES = {
     trt.DataType.FLOAT: torch.float32,
@@ -44,8 +48,7 @@ def register_plugin(op: torch._ops.OpOverload) -> None:
     """Tell TensorRT of the plugin; once in a process."""
     tensors = _names(op, tensors=True)
 
-    def describe(*inputs: Any) -> trtp.TensorDesc:
-        *descs, options = inputs
+    def describe(*descs: trtp.TensorDesc, options: Options) -> trtp.TensorDesc:
         return describe_output(descs[0], options)
 
     def run(*inputs: Any, stream: int) -> None:
@@ -53,8 +56,8 @@ def register_plugin(op: torch._ops.OpOverload) -> None:
         call_op(op, dict(zip(tensors, arguments, strict=True)), options, outputs[0], stream)
 
     # TensorRT reads the inputs from the signature.
-    _sign(describe, dict.fromkeys(tensors, trtp.TensorDesc) | {"options": str}, trtp.TensorDesc)
-    run_signature = dict.fromkeys(tensors, trtp.Tensor) | {"options": str}
+    _sign(describe, dict.fromkeys(tensors, trtp.TensorDesc) | {"options": Options}, trtp.TensorDesc)
+    run_signature = dict.fromkeys(tensors, trtp.Tensor) | {"options": Options}
     _sign(run, run_signature | {"outputs": tuple[trtp.Tensor], "stream": int}, None)
     name = op._schema.name
     trtp.register(name, lazy_register=False)(describe)
@@ -68,21 +71,30 @@ def _sign(function: Callable[..., Any], arguments: dict[str, Any], returns: Any)
     function.__signature__ = signature  # type: ignore[attr-defined]
 
 
-def describe_output(x: trtp.TensorDesc, options: str) -> trtp.TensorDesc:
+def _encode(options: dict[str, Any]) -> Options:
+    return np.frombuffer(json.dumps(options).encode(), dtype=np.int8)
+
+
+def _decode(options: Options) -> dict[str, Any]:
+    decoded: dict[str, Any] = json.loads(options.tobytes())
+    return decoded
+
+
+def describe_output(x: trtp.TensorDesc, options: Options) -> trtp.TensorDesc:
     """(rows of x, out_features) of the dtype of x."""
-    columns = json.loads(options)["out_features"]
+    columns = _decode(options)["out_features"]
     return trtp.from_shape_expr((x.shape_expr[0], columns), x.dtype)
 
 
 def call_op(
     op: torch._ops.OpOverload,
     tensors: dict[str, trtp.Tensor],
-    options: str,
+    options: Options,
     output: trtp.Tensor,
     stream: int,
 ) -> None:
     """Run the op on the tensors of an engine and copy its result into the output."""
-    how = json.loads(options)
+    how = _decode(options)
     arguments = {name: as_torch(tensor) for name, tensor in tensors.items()}
     for name, dtype in how["views"].items():
         arguments[name] = arguments[name].view(_ONE_BYTE[dtype])
@@ -150,7 +162,7 @@ def convert_to_plugin(
     }
     namespace, op_name = target._schema.name.split("::")
     plugin = getattr(getattr(trtp.op, namespace), op_name)
-    layer = ctx.net.add_plugin(plugin(*inputs, options=json.dumps(options)), aot=False)
+    layer = ctx.net.add_plugin(plugin(*inputs, options=_encode(options)), aot=False)
     layer.name = name
     output: trt.ITensor = layer.get_output(0)
     return output
