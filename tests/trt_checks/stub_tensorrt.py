@@ -68,9 +68,11 @@ def import_tensorrt() -> Any:
     registry = Registry()
     tensorrt.get_plugin_registry = lambda: registry
     tensorrt._package_name = "tensorrt"
+    # The plugin package imports tensorrt, whose distribution is these aliases.
     sys.modules["tensorrt"] = tensorrt
-    sys.modules["tensorrt.plugin"] = importlib.import_module("tensorrt_bindings.plugin")
-    sys.modules["tensorrt.plugin._lib"] = sys.modules["tensorrt_bindings.plugin._lib"]
+    importlib.import_module("tensorrt_bindings.plugin")
+    for name in [name for name in sys.modules if name.startswith("tensorrt_bindings")]:
+        sys.modules[name.replace("tensorrt_bindings", "tensorrt", 1)] = sys.modules[name]
     # torch-tensorrt-rtx has the files of torch-tensorrt but for a legacy folder.
     for legacy in ("fx", "fx.lower", "fx.utils"):
         sys.modules[f"torch_tensorrt.{legacy}"] = mock.MagicMock()
