@@ -5,6 +5,7 @@ not see; see trt_checks/. On a GPU everything is compiled and run.
 """
 
 import importlib.metadata
+import importlib.util
 import os
 import re
 import subprocess
@@ -60,6 +61,26 @@ def test_tensorrt_partitions_and_builds_without_a_gpu() -> None:
 def test_tensorrt_plugins_without_a_gpu() -> None:
     skip_without("torch-tensorrt-rtx", "tensorrt-cu13-bindings")
     run_checks("check_plugin.py")
+
+
+def test_tensorrt_example_runs() -> None:
+    """As far as this machine lets it."""
+    repo = CHECKS.parent.parent
+    run = subprocess.run(
+        [sys.executable, str(repo / "examples" / "compile_tensorrt.py")],
+        env=os.environ | {"PYTHONPATH": str(repo)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-5000:]
+    if importlib.util.find_spec("torch_tensorrt") is None:
+        assert "2 NVFP4MoE and 2 NVFP4Linear are one op each for TensorRT" in run.stdout
+    elif torch.cuda.is_available():
+        assert re.search(r"\d engines, \d parts in PyTorch; error \d", run.stdout)
+    else:
+        assert run.stdout.count("1 of them NVFP4Linear, ") == 2
+        assert run.stdout.count("KiB for SM120") == 3
+        assert run.stdout.count("PyTorch: nvfp4_ops.router_logits") == 2
 
 
 def test_trt_checks_are_all_run() -> None:

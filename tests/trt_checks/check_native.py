@@ -55,7 +55,7 @@ def interpreter_of(layer: Any, x: Tensor, dynamic: bool = False) -> Any:
         else:
             spec = Input(x.shape, dtype=x.dtype, name="x")
         (engine,) = [module for _, module in split.named_children()] or [split]
-        return without_gpu.network_of(engine, spec, out_dtype=x.dtype)
+        return without_gpu.network_of(engine, spec)
 
 
 def layer_types(network: Any, *kinds: str) -> list[str]:

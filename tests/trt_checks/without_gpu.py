@@ -128,14 +128,15 @@ def parts_of(split: GraphModule) -> list[tuple[str, list[str]]]:
     return [(kinds[name.rstrip("0123456789")], ops_of(module)) for name, module in children]
 
 
-def network_of(module: GraphModule, *inputs: Any, out_dtype: torch.dtype, **options: Any) -> Any:
+def network_of(module: GraphModule, *inputs: Any, **options: Any) -> Any:
     """torch_tensorrt's interpreter with the network of an engine partition."""
     from torch_tensorrt.dynamo.conversion._TRTInterpreter import TRTInterpreter
 
+    *_, output = module.graph.nodes
     interpreter = TRTInterpreter(
         module,
         list(inputs),
-        output_dtypes=[out_dtype],
+        output_dtypes=[node.meta["val"].dtype for node in output.all_input_nodes],
         compilation_settings=settings(**options),
     )
     interpreter._construct_trt_network_def()
