@@ -172,13 +172,28 @@ def test_tensorrt_runs_native_linears(torch_tensorrt: Any, mode: Any, dtype: tor
     assert_close(engine(x), layer(x))
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("mode", MODES, ids=str)
-def test_tensorrt_runs_plugins_with_the_bits_of_eager(torch_tensorrt: Any, mode: Any) -> None:
+def register_plugins() -> None:
     try:
         lowering.register(native=False, plugin=True)
     except ImportError as error:
         pytest.skip(str(error))
+
+
+@pytest.mark.gpu
+def test_tensorrt_keeps_a_model_in_one_engine_with_plugins(torch_tensorrt: Any) -> None:
+    register_plugins()
+    model = blocks("per_token").cuda()
+    x = torch.randn(2, 5, HIDDEN, device="cuda").bfloat16()
+    engine = compiled(torch_tensorrt, model, x)
+    assert len(partitions(engine, "acc")) <= 1
+    assert not partitions(engine, "gpu")
+    assert_close(engine(x), model(x))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES, ids=str)
+def test_tensorrt_runs_plugins_with_the_bits_of_eager(torch_tensorrt: Any, mode: Any) -> None:
+    register_plugins()
 
     class Layers(nn.Module):
         def __init__(self) -> None:

@@ -20,12 +20,11 @@ from lowered_models import (
     MODES,
     TOP_K,
     Block,
-    blocks,
     hidden_states,
     linear,
     moe,
 )
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim
 from torch.fx import Node
 
@@ -37,6 +36,7 @@ from tensorrt.plugin._lib import QDP_REGISTRY  # noqa: E402
 from tensorrt.plugin._tensor import SymIntExpr  # noqa: E402
 from torch_tensorrt.dynamo.conversion import ConversionContext  # noqa: E402
 
+import nvfp4_ops  # noqa: E402
 from nvfp4_ops.lowering import tensorrt as lowering  # noqa: E402
 
 lowering.register(native=False, plugin=True)
@@ -45,7 +45,7 @@ from nvfp4_ops.lowering.tensorrt import plugin  # noqa: E402
 from nvfp4_ops.lowering.tensorrt.composite import LINEAR, MOE  # noqa: E402
 
 each_mode = pytest.mark.parametrize("mode", MODES, ids=str)
-TRT_DTYPES = {dtype: name for name, dtype in plugin._TORCH_DTYPES.items()}
+TRT_DTYPES = plugin._TRT_DTYPES
 
 
 class Expr:
@@ -70,7 +70,7 @@ def _register() -> Any:
 
 def test_plugins_are_registered_once() -> None:
     lowering.register(plugin=True)
-    assert {"nvfp4_ops::moe", "nvfp4_ops::linear"} == set(QDP_REGISTRY)
+    assert {op._schema.name for op in plugin.PLUGIN_OPS} == set(QDP_REGISTRY)
     for definition in QDP_REGISTRY.values():
         assert definition.impl_func is not None
         assert definition.aot_impl_func is None
@@ -86,8 +86,18 @@ def described(op: Any, num_rows: int, columns: int, dtype: Any) -> Any:
     shape = tuple(trtp.ShapeExpr(size) for size in (num_rows, HIDDEN))
     desc = trtp.from_shape_expr(shape, dtype)
     others = [desc] * (len(definition.input_tensor_names) - 1)
-    options = plugin._encode({"out_features": columns})
+    options = plugin._encode({"outputs": [(columns, dtype.name)]})
     return definition.register_func(desc, *others, options=options)
+
+
+def test_plugin_describes_both_outputs_of_a_router() -> None:
+    definition = QDP_REGISTRY["nvfp4_ops::softmax_top_k"]
+    shape = tuple(trtp.ShapeExpr(size) for size in (7, EXPERTS))
+    logits = trtp.from_shape_expr(shape, trt.DataType.FLOAT)
+    options = plugin._encode({"outputs": [(2, "INT32"), (2, "FLOAT")]})
+    index, weights = definition.register_func(logits, options=options)
+    assert [index.dtype, weights.dtype] == [trt.DataType.INT32, trt.DataType.FLOAT]
+    assert [size.value for size in expressions(index)] == [7, 2]
 
 
 @pytest.mark.parametrize("dtype", ["BF16", "HALF", "FLOAT"])
@@ -103,9 +113,8 @@ def test_plugin_describes_its_output(op: Any, num_rows: int, dtype: str) -> None
     ("mode", "dynamic"), [*((mode, True) for mode in MODES), ("per_token", False)], ids=str
 )
 def test_plugin_keeps_a_model_in_one_engine(mode: Any, dynamic: bool) -> None:
-    """But for the router, an op of this package that is no plugin."""
     shapes = ({1: Dim("tokens", max=512)},) if dynamic else None
-    model = blocks(mode, own_router=False, bias=True)
+    model = nn.Sequential(Block(mode, bias=True), Block(mode, own_router=False))
     with without_gpu.pretend((9, 0)):
         split = without_gpu.partition(model, hidden_states(2, 5), dynamic_shapes=shapes)
     ((kind, names),) = without_gpu.parts_of(split)
@@ -143,10 +152,10 @@ def test_register_plugin_false_takes_plugins_back() -> None:
 # A call as an engine makes it.
 
 
-def composite_call(layer: Any, *inputs: Tensor) -> Node:
+def plugin_call(layer: Any, *inputs: Tensor) -> Node:
     with torch.no_grad():
         graph = lowering.fuse(torch.export.export(layer, inputs).module()).graph
-    (node,) = (node for node in graph.nodes if node.target in (MOE, LINEAR))
+    (node,) = (node for node in graph.nodes if node.target in plugin.PLUGIN_OPS)
     return node
 
 
@@ -156,8 +165,8 @@ def converted(node: Node, *inputs: Tensor) -> tuple[list[Any], Any, stub_tensorr
     context = mock.create_autospec(ConversionContext, instance=True)
     context.net, context.kept = network, []
     context.record_weight.side_effect = lambda name, tensor: context.kept.append(tensor)
-    dtypes = TRT_DTYPES | {torch.int64: trt.DataType.INT64}
-    given = iter(stub_tensorrt.fake_tensor(dtypes[x.dtype], tuple(x.shape)) for x in inputs)
+    # The number of rows is not known to an engine with dynamic shapes.
+    given = iter(stub_tensorrt.fake_tensor(TRT_DTYPES[x.dtype], (-1, *x.shape[1:])) for x in inputs)
     module = node.graph.owning_module
 
     def value(argument: Any) -> Any:
@@ -172,12 +181,19 @@ def converted(node: Node, *inputs: Tensor) -> tuple[list[Any], Any, stub_tensorr
     return tensors, instance, network
 
 
-def enqueue(instance: Any, tensors: list[Any], network: Any, inputs: tuple[Tensor, ...]) -> Tensor:
+def enqueue(
+    instance: Any, tensors: list[Any], network: Any, inputs: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     """Call the plugin with addresses, as TensorRT does; memory is the CPU's."""
     constants = iter(network.kept)
     values = [x.int() if x.dtype == torch.int64 else x for x in inputs]
     memory = [*values, *(next(constants) for _ in tensors[len(values) :])]
-    output = torch.full((inputs[0].shape[0], HIDDEN), torch.nan).to(inputs[0].dtype)
+    outputs = [
+        torch.full((len(inputs[0]), columns), 99).to(
+            plugin._TORCH_DTYPES[getattr(trt.DataType, dtype)]
+        )
+        for columns, dtype in plugin._decode(instance.attrs["options"])["outputs"]
+    ]
 
     def desc(dtype: Any, x: Tensor) -> Any:
         plain = trt.PluginTensorDesc()
@@ -198,20 +214,41 @@ def enqueue(instance: Any, tensors: list[Any], network: Any, inputs: tuple[Tenso
     ):
         instance.enqueue(
             [desc(t.dtype, x) for t, x in zip(tensors, memory, strict=True)],
-            [desc(TRT_DTYPES[output.dtype], output)],
+            [desc(TRT_DTYPES[x.dtype], x) for x in outputs],
             [x.data_ptr() for x in memory],
-            [output.data_ptr()],
+            [x.data_ptr() for x in outputs],
             [x.stride() for x in memory],
-            [output.stride()],
+            [x.stride() for x in outputs],
             7,
         )
-    return output
+    return tuple(outputs)
+
+
+class Function(nn.Module):
+    """function(inputs, buffer, options)."""
+
+    def __init__(self, function: Any, *buffers: Tensor | None, **options: Any) -> None:
+        super().__init__()
+        self.function, self.options = function, options
+        if buffers:
+            self.register_buffer("buffer", buffers[0])
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(x, *self._buffers.values(), **self.options)
 
 
 def layer_and_inputs(what: str, mode: Any, bias: bool) -> tuple[Any, tuple[Tensor, ...]]:
-    x = hidden_states(9)
+    x, logits = hidden_states(9), torch.randn(9, EXPERTS)
     if what == "linear":
         return linear(mode, bias=bias), (x,)
+    if what == "router logits":
+        weight = torch.randn(EXPERTS, HIDDEN).bfloat16()
+        return Function(nvfp4_ops.router_logits, weight), (x,)
+    if what == "softmax":
+        return Function(nvfp4_ops.softmax_top_k, top_k=TOP_K, renormalize=bias), (logits,)
+    if what == "sigmoid":
+        correction = torch.randn(EXPERTS) if bias else None
+        return Function(nvfp4_ops.sigmoid_top_k, correction, top_k=TOP_K), (logits,)
     index = torch.randint(EXPERTS, (9, TOP_K))
     layer = moe(mode, bias=bias)
     if what == "prepacked":
@@ -221,15 +258,29 @@ def layer_and_inputs(what: str, mode: Any, bias: bool) -> tuple[Any, tuple[Tenso
     return layer, (x, index, torch.rand(9, TOP_K))
 
 
+def assert_results_equal(got: tuple[Tensor, ...], want: Tensor | tuple[Tensor, ...]) -> None:
+    for x, expected in zip(got, want if isinstance(want, tuple) else (want,), strict=True):
+        assert_bytes_equal(x, expected.int() if expected.dtype == torch.int64 else expected)
+
+
+ROUTERS = ("router logits", "softmax", "sigmoid")
+
+
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
-@pytest.mark.parametrize("what", ["moe", "prepacked", "linear"])
-@each_mode
+@pytest.mark.parametrize(
+    ("what", "mode"),
+    [
+        *((what, mode) for what in ("moe", "linear") for mode in MODES),
+        ("prepacked", "static"),
+        *((router, None) for router in ROUTERS),
+    ],
+)
 def test_plugin_called_with_addresses_computes_the_bits_of_eager(
-    mode: Any, what: str, bias: bool
+    what: str, mode: Any, bias: bool
 ) -> None:
     layer, inputs = layer_and_inputs(what, mode, bias)
-    tensors, instance, network = converted(composite_call(layer, *inputs), *inputs)
-    assert_bytes_equal(enqueue(instance, tensors, network, inputs), layer(*inputs))
+    tensors, instance, network = converted(plugin_call(layer, *inputs), *inputs)
+    assert_results_equal(enqueue(instance, tensors, network, inputs), layer(*inputs))
     # Again, from what an engine keeps of the plugin.
     fields = instance.get_fields_to_serialize()
     # TensorRT reads the fields by address after the call that made them.
@@ -241,13 +292,13 @@ def test_plugin_called_with_addresses_computes_the_bits_of_eager(
         instance.plugin_name, instance.plugin_namespace, fields, trt.TensorRTPhase.RUNTIME
     )
     del garbage
-    assert_bytes_equal(enqueue(again, tensors, network, inputs), layer(*inputs))
+    assert_results_equal(enqueue(again, tensors, network, inputs), layer(*inputs))
 
 
 def test_plugin_inputs_are_what_plugins_may_take() -> None:
     """No uint8, no FP8; indices as int32."""
     layer, inputs = layer_and_inputs("moe", "static", True)
-    tensors, _, network = converted(composite_call(layer, *inputs), *inputs)
+    tensors, _, network = converted(plugin_call(layer, *inputs), *inputs)
     names = [str(tensor.dtype).removeprefix("DataType.") for tensor in tensors]
     assert names == [
         *("BF16", "INT32", "FLOAT"),
@@ -258,7 +309,7 @@ def test_plugin_inputs_are_what_plugins_may_take() -> None:
 
 
 def test_plugin_refuses_weights_that_are_inputs() -> None:
-    class Weightless(torch.nn.Module):
+    class Weightless(nn.Module):
         def forward(self, x: Tensor, *tensors: Tensor) -> Tensor:
             weight, weight_scale, alpha = tensors
             return LINEAR(x, weight, weight_scale, alpha, None, None, None, None)

@@ -17,7 +17,6 @@ from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 
 LIBRARIES = ("libnvinfer", "libnvinfer_plugin", "libnvonnxparser")
 FUNCTIONS = (
@@ -81,30 +80,26 @@ def import_tensorrt() -> Any:
     return tensorrt
 
 
-def fake_tensor(
-    dtype: Any, shape: tuple[int, ...], torch_tensor: torch.Tensor | None = None
-) -> Any:
-    """An ITensor by type; ``value`` is what it holds, where it is a constant."""
+def fake_tensor(dtype: Any, shape: tuple[int, ...]) -> Any:
+    """An ITensor by type; TensorRT alone can make a real one."""
     import tensorrt as trt
 
     class FakeTensor(trt.ITensor):
         dtype: Any = None
         shape: Any = None
-        value: Any = None
 
     tensor = FakeTensor.__new__(FakeTensor)
-    tensor.dtype, tensor.shape, tensor.value = dtype, shape, torch_tensor
+    tensor.dtype, tensor.shape = dtype, shape
     return tensor
 
 
 class FakeLayer:
-    def __init__(self, output: Any) -> None:
-        self.output = output
+    def __init__(self, *outputs: Any) -> None:
+        self.outputs = outputs
         self.name = ""
 
     def get_output(self, index: int) -> Any:
-        assert index == 0
-        return self.output
+        return self.outputs[index]
 
 
 class FakeNetwork:
@@ -128,4 +123,7 @@ class FakeNetwork:
         inputs, shape_inputs, plugin = create()
         assert not shape_inputs
         self.plugins.append((inputs, plugin))
-        return FakeLayer(fake_tensor(inputs[0].dtype, inputs[0].shape))
+        dtypes = plugin.get_output_data_types(
+            [x.dtype for x in inputs], [len(x.shape) for x in inputs]
+        )
+        return FakeLayer(*(fake_tensor(dtype, inputs[0].shape) for dtype in dtypes))

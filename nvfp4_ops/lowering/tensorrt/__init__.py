@@ -8,7 +8,7 @@ Attention and norms become engines, NVFP4MoE one PyTorch partition a layer, NVFP
 layers where the GPU has FP4. TensorRT itself is imported by ``register`` alone.
 """
 
-from nvfp4_ops.lowering.tensorrt.fuse import fuse
+from nvfp4_ops.lowering.tensorrt.fusion import fuse
 from nvfp4_ops.lowering.tensorrt.registration import register
 
 __all__ = ["fuse", "register"]

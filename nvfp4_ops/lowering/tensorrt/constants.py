@@ -8,6 +8,9 @@ from torch import Tensor
 from torch.fx import Node
 from torch_tensorrt.dynamo.conversion import ConversionContext
 
+LAYER_INPUTS = ("x", "logits", "top_k_index", "top_k_weights")
+"""Arguments of the ops that every call of a layer brings."""
+
 _DTYPES = {
     torch.float32: trt.DataType.FLOAT,
     torch.float16: trt.DataType.HALF,
@@ -39,14 +42,14 @@ def add_constant(
 
 
 def constants_of(node: Node) -> dict[str, Tensor | None] | str:
-    """The tensors of a composite op that belong to the layer, by name; or which is not constant.
+    """The tensors of a call that belong to the layer, by name; or which of them is not constant.
 
-    All of the tensors after x, top_k_index and top_k_weights; None where the op has none.
+    All but LAYER_INPUTS; None where the op has none.
     """
     assert isinstance(node.target, torch._ops.OpOverload)
     module = node.graph.owning_module
     constants: dict[str, Tensor | None] = {}
-    for argument, value in zip(node.target._schema.arguments, node.args, strict=True):
+    for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
         if argument.name in LAYER_INPUTS or "Tensor" not in str(argument.type):
             continue
         if value is None:
@@ -59,7 +62,3 @@ def constants_of(node: Node) -> dict[str, Tensor | None] | str:
                 'torch_tensorrt.compile(..., ir="dynamo"), where weights are'
             )
     return constants
-
-
-LAYER_INPUTS = ("x", "top_k_index", "top_k_weights")
-"""Tensors of a composite op that each call brings."""

@@ -24,6 +24,11 @@ from nvfp4_ops.lowering.tensorrt.constants import add_constant, constants_of
 OLDEST_WITH_FP4 = (10, 0)
 """Compute capability."""
 
+LINEAR_RANK = 3
+"""Of linear block scales (E, N, K/16); swizzled ones have rank 4."""
+
+_MODE = [x.name for x in LINEAR._schema.arguments].index("activation_scale")
+
 
 def why_no_native_linear(node: Node, settings: Any = None) -> str | None:
     """Why TensorRT cannot run this nvfp4_ops::linear itself; None where it can.
@@ -41,7 +46,7 @@ def why_no_native_linear(node: Node, settings: Any = None) -> str | None:
     tensors = constants_of(node)
     if isinstance(tensors, str):
         return tensors
-    mode = node.args[LINEAR_MODE]
+    mode = node.args[_MODE]
     if mode not in (None, "static"):
         return (
             f'activation_scale is "{mode}", and TensorRT wants the global scale of activations at '
@@ -54,11 +59,6 @@ def why_no_native_linear(node: Node, settings: Any = None) -> str | None:
     if mode == "static" and tensors["input_scale"] is None:
         return "its input scale is not a constant"
     return None
-
-
-LINEAR_RANK = 3
-"""Of linear block scales (E, N, K/16); swizzled ones have rank 4."""
-LINEAR_MODE = [x.name for x in LINEAR._schema.arguments].index("activation_scale")
 
 
 @cache

@@ -7,7 +7,7 @@ import torch
 from torch.fx import Node
 
 from nvfp4_ops.lowering.tensorrt.composite import LINEAR
-from nvfp4_ops.lowering.tensorrt.fuse import fuse
+from nvfp4_ops.lowering.tensorrt.fusion import fuse
 from nvfp4_ops.lowering.tensorrt.versions import advice, import_torch_tensorrt
 
 _LOCK = threading.Lock()
