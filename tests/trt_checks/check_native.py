@@ -234,7 +234,7 @@ def test_native_refuses_prepacked_weights() -> None:
 
 
 class GivenScale(torch.nn.Module):
-    """A static scale that is computed, or a weight that is."""
+    """A static scale that is computed, or a weight that is, or two scales for two halves."""
 
     def __init__(self, what: str) -> None:
         super().__init__()
@@ -247,19 +247,27 @@ class GivenScale(torch.nn.Module):
             scale = scale * x.float().amax().clamp(min=1.0)
         if self.what == "weight":
             weight = weight + (x.amax() > 1e9).to(torch.uint8)
+        alpha = projection.static_alpha
+        if self.what == "alpha":
+            alpha = torch.stack([alpha, 2 * alpha], dim=-1)
         offs = torch.full((1,), x.shape[0], dtype=torch.int32)
         return nvfp4_ops.grouped_scaled_mm(
             nvfp4_ops.round_nvfp4(x, scale, offs),
             weight,
             None,
             projection.weight_scale,
-            projection.static_alpha,
+            alpha,
             offs,
         )
 
 
-@pytest.mark.parametrize("what", ["input_scale", "weight"])
-def test_native_refuses_what_is_not_constant(what: str) -> None:
-    assert f"its {what} is not a constant of the graph" in refused(
-        GivenScale(what), hidden_states(3)
-    )
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("input_scale", "its input_scale is not a constant of the graph"),
+        ("weight", "its weight is not a constant of the graph"),
+        ("alpha", "its alpha has 2 numbers, and TensorRT takes one"),
+    ],
+)
+def test_native_refuses_scales_and_weights_of_another_kind(what: str, reason: str) -> None:
+    assert reason in refused(GivenScale(what), hidden_states(3))

@@ -107,7 +107,7 @@ def _moe(  # noqa: PLR0913 - two projections have this many tensors
     down = Projection(
         down_weight, down_weight_scale, down_alpha, down_input_scale, down_bias, down_num_columns
     )
-    # Every projection has one expert's weights after the other.
+    # The first dimension of weights is E in every layout.
     offs, token_of_row, row_of_slot = sort_by_expert(top_k_index, first_weight.shape[0])
     act = Activation(activation, limit)
     hidden = _round_and_multiply(x, first, activation_scale, offs, act, token_of_row)

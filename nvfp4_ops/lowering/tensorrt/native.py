@@ -56,8 +56,10 @@ def why_no_native_linear(node: Node, settings: Any = None) -> str | None:
         return "its weights are prepacked for the grouped mm of this package"
     if tensors["weight_scale"].ndim != LINEAR_RANK:
         return "its weight scales are swizzled"
-    if mode == "static" and tensors["input_scale"] is None:
-        return "its input scale is not a constant"
+    for name in ("alpha", "input_scale"):
+        scale = tensors[name]
+        if scale is not None and scale.numel() != 1:
+            return f"its {name} has {scale.numel()} numbers, and TensorRT takes one"
     return None
 
 
