@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import without_gpu
-from lowered_models import MODES, Block, blocks, hidden_states
+from lowered_models import INTERMEDIATE, MODES, Block, blocks, hidden_states
 from torch.export import Dim
 from torch.fx import GraphModule
 
@@ -83,6 +83,19 @@ def test_partition_with_the_default_block_size_is_the_same() -> None:
     model = torch.nn.Sequential(*blocks("per_token", 2), Block("per_token").norm)
     found = in_torch(partition(model, (9, 0), min_block_size=5))
     assert found == [["nvfp4_ops.linear"], ROUTED_MOE] * 2
+
+
+def test_partition_has_an_engine_for_an_activation_of_ones_own() -> None:
+    def squared(x: torch.Tensor) -> torch.Tensor:
+        return x[:, :INTERMEDIATE].square()
+
+    first, second = in_torch(partition(blocks("static", 1, activation=squared), (9, 0)))[1:]
+    assert first[-1] == "nvfp4_ops.grouped_scaled_mm"
+    assert second == [
+        "nvfp4_ops.round_nvfp4",
+        "nvfp4_ops.grouped_scaled_mm",
+        "nvfp4_ops.combine",
+    ]
 
 
 @each_mode

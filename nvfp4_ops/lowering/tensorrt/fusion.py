@@ -2,8 +2,8 @@
 
 The layers are found in the graph, not by module: a graph that was exported elsewhere, or whose
 scales were folded to constants, fuses as well. What differs from a layer in any way, such as an
-activation of one's own between the projections, is left as it is: the graph stays correct and the
-ops that are not fused stay in PyTorch one by one.
+activation of one's own between the projections, is left as it is: the graph stays correct, ops of
+this package stay in PyTorch and those between them go where the partitioner likes.
 """
 
 import operator
