@@ -36,6 +36,8 @@ STATE = VENV / "setup_venv.json"  # which Python made .venv, and what is install
 
 # The extras of pyproject.toml that each profile installs; `test` contains `demo`.
 EXTRAS = {"demo": ["demo"], "test": ["demo", "test"]}
+# Added to them with the torch that it is made for.
+TENSORRT_EXTRA, TENSORRT_TORCH = "tensorrt-test", "2.13."
 
 # Without network a profile needs these and does without the rest.
 REQUIRED = {
@@ -150,11 +152,22 @@ def install(extras: list[str], torch: str | None) -> None:
         stop("pip could not install what is needed; its message is above")
 
 
-def use_what_is_there(profile: str) -> None:
+def extras_of(profile: str, torch: str | None) -> list[str]:
+    """Extras of a profile with this torch; None is TORCH."""
+    if profile != "test":
+        return EXTRAS[profile]
+    torch = torch or TORCH.split("==")[1]
+    if torch.startswith(TENSORRT_TORCH):
+        return [*EXTRAS[profile], TENSORRT_EXTRA]
+    say(f"tests of TensorRT are skipped: what they need goes with torch {TENSORRT_TORCH}x")
+    return EXTRAS[profile]
+
+
+def use_what_is_there(profile: str, extras: list[str]) -> None:
     """Without network: import nvfp4_ops from the checkout and name what is missing."""
     say("no package index can be reached: going on with the packages that are installed")
     (site_packages() / "nvfp4_ops_repo.pth").write_text(f"{REPO}\n")
-    command = [str(VENV_PYTHON), "-c", PRINT_MISSING, *requirements(EXTRAS[profile])]
+    command = [str(VENV_PYTHON), "-c", PRINT_MISSING, *requirements(extras)]
     missing = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     blocking = []
     for requirement in missing.splitlines():
@@ -223,10 +236,11 @@ def main() -> None:
             create_venv(python)
         if torch:
             say(f"reusing torch {torch} of {sys.executable}")
+        extras = extras_of(profile, torch)
         if torch and not index_is_reachable():
-            use_what_is_there(profile)
+            use_what_is_there(profile, extras)
         else:
-            install(EXTRAS[profile], torch)
+            install(extras, torch)
         ready[profile] = digest
         STATE.write_text(json.dumps({"python": python, "ready": ready}))
         say(".venv is ready")
