@@ -46,6 +46,7 @@ def _round_and_multiply(
     offs: Tensor,
     activation: Activation,
     token_of_row: Tensor | None = None,
+    early_weights: bool = False,
 ) -> Tensor:
     """Rows x (R, K), or the tokens x (T, K) of the routed rows, times each one's expert."""
     alpha, row_scale = projection.alpha, None
@@ -73,6 +74,7 @@ def _round_and_multiply(
         activation=activation,
         out_dtype=x.dtype,
         num_columns=projection.num_columns,
+        early_weights=early_weights,
     )
 
 
@@ -110,8 +112,12 @@ def _moe(  # noqa: PLR0913 - two projections have this many tensors
     # The first dimension of weights is E in every layout.
     offs, token_of_row, row_of_slot = sort_by_expert(top_k_index, first_weight.shape[0])
     act = Activation(activation, limit)
-    hidden = _round_and_multiply(x, first, activation_scale, offs, act, token_of_row)
-    rows = _round_and_multiply(hidden, down, activation_scale, offs, _NO_ACTIVATION)
+    hidden = _round_and_multiply(
+        x, first, activation_scale, offs, act, token_of_row, early_weights=True
+    )
+    rows = _round_and_multiply(
+        hidden, down, activation_scale, offs, _NO_ACTIVATION, early_weights=True
+    )
     return combine(rows, row_of_slot, top_k_weights)
 
 
