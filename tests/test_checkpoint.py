@@ -35,7 +35,7 @@ def moe() -> NVFP4MoE:
 
 
 def test_load_experts_reads_modelopt_bytes(data: Path) -> None:
-    directory = data / "modelopt_qwen3_moe"
+    directory = data / "models" / "modelopt_qwen3_moe_experts_only"
     stored = load_file(directory / "model.safetensors")
     for layer in range(2):
         prefix = f"model.layers.{layer}.mlp.experts"
@@ -67,7 +67,7 @@ def test_load_experts_computes_the_layer_of_the_bf16_source(data: Path) -> None:
             gate, up = weights["gate_proj"][e] @ x[t], weights["up_proj"][e] @ x[t]
             h = torch.nn.functional.silu(gate) * up
             expected[t] += top_k_weights[t, j] * (weights["down_proj"][e] @ h)
-    moe = NVFP4MoE.from_checkpoint(str(data / "modelopt_qwen3_moe"), PREFIX)
+    moe = NVFP4MoE.from_checkpoint(str(data / "models" / "modelopt_qwen3_moe_experts_only"), PREFIX)
     errors = {}
     for mode in (None, "per_token", "per_tensor"):
         moe.activation_scale = mode
