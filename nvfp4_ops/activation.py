@@ -46,6 +46,9 @@ class Activation:
             raise ValueError(f"limit: only silu_mul and swiglu_oai are clamped, got {self.name!r}")
         elif not self.limit > 0:
             raise ValueError(f"limit: must be positive, got {self.limit}")
+        else:
+            # A compiled graph holds it as the op's schema does.
+            object.__setattr__(self, "limit", float(self.limit))
 
     @property
     def gated(self) -> bool:

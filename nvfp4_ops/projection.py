@@ -142,8 +142,8 @@ class ExpertProjection(nn.Module):
     def allocate(self, device: torch.device | str) -> None:
         """Make room on ``device`` for tensors that are on meta, in the layout it gains by.
 
-        ``copy_expert`` then writes one expert after the other, and there is never more than one
-        copy of the weights.
+        ``copy_experts`` then writes a few experts after the other, and there is never more than
+        one copy of the weights.
         """
         assert self.weight.is_meta
         device = torch.device(device)
@@ -182,22 +182,46 @@ class ExpertProjection(nn.Module):
         self, expert: int, segments: Sequence[NVFP4Weight], bias: Tensor | None = None
     ) -> None:
         """Write all segments of one expert, in whichever layout the weights are, and its bias."""
+        self.copy_experts(
+            slice(expert, expert + 1),
+            torch.cat([weight.codes for weight in segments])[None],
+            torch.cat([weight.block_scale.view(torch.uint8) for weight in segments])[None],
+            torch.stack([weight.global_scale for weight in segments])[None],
+            None if bias is None else bias[None],
+        )
+
+    @torch.no_grad()
+    def copy_experts(
+        self,
+        experts: slice,
+        codes: Tensor,
+        sf_bytes: Tensor,
+        global_scale: Tensor,
+        bias: Tensor | None = None,
+    ) -> None:
+        """Write some experts, in whichever layout the weights are.
+
+        codes (e, N, K/2), sf_bytes (e, N, K/16) uint8, global_scale (e, segments) and bias (e, N)
+        are on any device and may be used again afterwards.
+        """
+        if self.prepacked:
+            device = self.weight.device
+            block_scale = sf_bytes.to(device).view(torch.float8_e4m3fn)
+            self.weight[experts].copy_(self._prepacked(codes.to(device), block_scale))
+        else:
+            assert self.weight_scale is not None
+            self.weight[experts].copy_(codes)
+            # As bytes: not every device can assign float8.
+            self.weight_scale.view(torch.uint8)[experts].copy_(sf_bytes)
+        self.copy_small(experts, global_scale, bias)
+
+    @torch.no_grad()
+    def copy_small(self, experts: slice, global_scale: Tensor, bias: Tensor | None = None) -> None:
+        """Write the global scales (e, segments) and biases (e, N) of some experts."""
+        self.segment(self.weight_scale_2)[experts].copy_(global_scale)
         if bias is not None:
             assert self.bias is not None
-            self.bias[expert] = bias.to(self.bias.device)
-        if not self.prepacked:
-            for segment, weight in enumerate(segments):
-                self.copy_segment(expert, segment, weight)
-            return
-        device = self.weight.device
-        codes = torch.cat([weight.codes.to(device) for weight in segments])
-        sf_bytes = torch.cat(
-            [weight.block_scale.view(torch.uint8).to(device) for weight in segments]
-        )
-        block_scale = sf_bytes.view(torch.float8_e4m3fn)
-        self.weight[expert] = self._prepacked(codes[None], block_scale[None])[0]
-        global_scale = torch.stack([weight.global_scale for weight in segments])
-        self.segment(self.weight_scale_2)[expert] = global_scale.to(device)
+            self.bias[experts].copy_(bias)
         self._derive_static()
 
     def _derive_static(self) -> None:

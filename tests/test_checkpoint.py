@@ -22,7 +22,7 @@ from torch import Tensor
 
 import nvfp4_ops
 from nvfp4_ops import CheckpointError, NVFP4MoE
-from nvfp4_ops.checkpoint import Checkpoint, expert_tensors, load_experts, open_checkpoint
+from nvfp4_ops.checkpoint import Checkpoint, expert_tensors, load, load_experts, open_checkpoint
 from nvfp4_ops.checkpoint.experts import find_prefixes
 from nvfp4_ops.projection import ExpertProjection
 
@@ -35,7 +35,7 @@ def moe() -> NVFP4MoE:
 
 
 def test_load_experts_reads_modelopt_bytes(data: Path) -> None:
-    directory = data / "modelopt_qwen3_moe"
+    directory = data / "models" / "modelopt_qwen3_moe_experts_only"
     stored = load_file(directory / "model.safetensors")
     for layer in range(2):
         prefix = f"model.layers.{layer}.mlp.experts"
@@ -67,7 +67,7 @@ def test_load_experts_computes_the_layer_of_the_bf16_source(data: Path) -> None:
             gate, up = weights["gate_proj"][e] @ x[t], weights["up_proj"][e] @ x[t]
             h = torch.nn.functional.silu(gate) * up
             expected[t] += top_k_weights[t, j] * (weights["down_proj"][e] @ h)
-    moe = NVFP4MoE.from_checkpoint(str(data / "modelopt_qwen3_moe"), PREFIX)
+    moe = NVFP4MoE.from_checkpoint(str(data / "models" / "modelopt_qwen3_moe_experts_only"), PREFIX)
     errors = {}
     for mode in (None, "per_token", "per_tensor"):
         moe.activation_scale = mode
@@ -401,6 +401,33 @@ def test_load_experts_never_holds_two_copies(
         assert torch.equal(projection.weight, prepack(expected, *expected.canonical()))
         assert torch.equal(projection.weight_scale_2, expected.weight_scale_2)
         assert torch.equal(projection.input_scale, expected.input_scale)
+
+
+@pytest.mark.parametrize("prepacked", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_load_experts_in_chunks_of_which_the_last_is_smaller(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepacked: bool, bias: bool
+) -> None:
+    monkeypatch.setattr(load, "_CHUNKS_PER_LAYER", 2)
+    weights = torch.randn(5, 64, 32), torch.randn(5, 32, 32)
+    biases = {"gate_up_bias": torch.randn(5, 64), "down_bias": torch.randn(5, 32)}
+    expected, without_bias = (
+        NVFP4MoE.from_float(*weights, **options) for options in (biases if bias else {}, {})
+    )
+    for moe in (expected, without_bias):
+        moe.first_proj.set_input_scale(torch.linspace(0.1, 1.0, 10).view(5, 2))
+        moe.down_proj.set_input_scale(torch.linspace(0.2, 2.0, 5))
+    tensors = expert_tensors(without_bias, PREFIX)
+    if bias:
+        parts = (*biases["gate_up_bias"].chunk(2, dim=1), biases["down_bias"])
+        for name, part in zip(("gate_proj", "up_proj", "down_proj"), parts, strict=True):
+            tensors |= {f"{PREFIX}.{e}.{name}.bias": part[e].clone() for e in range(5)}
+    write_checkpoint(tmp_path, tensors, shards=3)
+    if prepacked:
+        monkeypatch.setattr(ExpertProjection, "_gains_by_prepacking", lambda self, device: True)
+    loaded = load_experts(tmp_path, PREFIX, device="cpu")
+    assert loaded.down_proj.prepacked == prepacked
+    assert_same_state(loaded, expected)
 
 
 def test_load_experts_under_the_defaults_of_others(tmp_path: Path, moe: NVFP4MoE) -> None:

@@ -34,12 +34,12 @@ from nvfp4_ops.checkpoint.mxfp4 import to_nvfp4
 QWEN, MIXTRAL = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
 MIXTRAL_PREFIX = "model.layers.0.block_sparse_moe.experts"
 AUTHENTIC = {
-    "modelopt_qwen3_moe": ("base_qwen3_moe", PREFIX, QWEN, "nvfp4"),
+    "models/modelopt_qwen3_moe_experts_only": ("base_qwen3_moe", PREFIX, QWEN, "nvfp4"),
     "modelopt_qwen3_moe_w4a16": ("base_qwen3_moe", PREFIX, QWEN, "w4a16_nvfp4"),
-    "modelopt_mixtral": ("base_mixtral", MIXTRAL_PREFIX, MIXTRAL, "nvfp4"),
+    "models/modelopt_mixtral": ("base_mixtral", MIXTRAL_PREFIX, MIXTRAL, "nvfp4"),
     "ct_qwen3_moe": ("base_qwen3_moe", PREFIX, QWEN, "nvfp4"),
-    "ct_qwen3_moe_a16": ("base_qwen3_moe", PREFIX, QWEN, "w4a16_nvfp4"),
-    "ct_mixtral": ("base_mixtral", MIXTRAL_PREFIX, MIXTRAL, "nvfp4"),
+    "models/ct_qwen3_moe_a16": ("base_qwen3_moe", PREFIX, QWEN, "w4a16_nvfp4"),
+    "models/ct_mixtral": ("base_mixtral", MIXTRAL_PREFIX, MIXTRAL, "nvfp4"),
 }
 
 
@@ -64,14 +64,17 @@ def test_authentic_experts_decode_to_their_source(
         *(getattr(moe.down_proj, n) for n in ("weight", "weight_scale")),
         moe.down_proj.weight_scale_2,
     )
-    for expert in range(moe.num_experts):
+    # Of Mixtral's source two experts are stored.
+    stored = [e for e in range(moe.num_experts) if f"{prefix}.{e}.{projections[0]}.weight" in base]
+    assert len(stored) >= 2
+    for expert in stored:
         decoded = (first[expert, 0], first[expert, 1], down[expert])
         for projection, values in zip(projections, decoded, strict=True):
             w = base[f"{prefix}.{expert}.{projection}.weight"].float()
             assert 0.092 < float((values - w).norm() / w.norm()) < 0.098
 
 
-@pytest.mark.parametrize("name", [n for n in AUTHENTIC if n.startswith("ct_")])
+@pytest.mark.parametrize("name", [n for n in AUTHENTIC if "ct_" in n])
 def test_compressed_tensors_bytes_are_kept_and_scales_inverted(data: Path, name: str) -> None:
     prefix = AUTHENTIC[name][1]
     stored = load_file(data / name / "model.safetensors")

@@ -13,7 +13,7 @@ from nvfp4_ops.checkpoint import expert_tensors, load_experts
 
 
 def test_inspect_reports_an_authentic_checkpoint(data: Path) -> None:
-    directory = data / "modelopt_qwen3_moe"
+    directory = data / "models" / "modelopt_qwen3_moe_experts_only"
     report = inspect_checkpoint(directory)
     assert (report.producer, report.all_problems()) == ("ModelOpt", [])
     assert report.linear_layers == {}

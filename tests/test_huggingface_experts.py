@@ -296,6 +296,17 @@ def test_replace_experts_refuses_and_changes_nothing() -> None:
     assert dict(model.named_modules()) == before
 
 
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+def test_replace_experts_finds_weights_that_are_not_finite_before_it_begins(value: float) -> None:
+    model = build("Mixtral", torch.bfloat16)
+    before = dict(model.named_modules())
+    model.model.layers[1].mlp.experts.gate_up_proj.data[3, 5, 7] = value
+    message = r"model\.layers\.1\.mlp\.experts\.gate_up_proj: must be finite"
+    with pytest.raises(ValueError, match=message):
+        replace_experts(model)
+    assert dict(model.named_modules()) == before
+
+
 def test_replace_experts_refuses_models_without_weights_or_experts() -> None:
     with torch.device("meta"):
         model = build("Mixtral")

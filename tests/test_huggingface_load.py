@@ -23,11 +23,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, PreTra
 
 from nvfp4_ops import CheckpointError, NVFP4Linear, NVFP4MoE, quantize_checkpoint
 from nvfp4_ops.huggingface import (
+    NVFP4Config,
+    NVFP4Quantizer,
     calibrate_checkpoint,
     load_pretrained,
     replace_experts,
     set_activation_scale,
 )
+from nvfp4_ops.huggingface import quantizer as quantizer_module
 
 MODELS = Path(__file__).parent / "data" / "models"
 W4A4 = ("ct_mixtral", "modelopt_mixtral", "modelopt_qwen3_moe_experts_only")
@@ -153,8 +156,26 @@ def test_load_pretrained_compiles_and_generates(name: str) -> None:
 
 
 QUANTIZED = ("*.experts.*", "*.experts", "*self_attn.[qkvo]*_proj", "*shared_expert*_proj")
-# Checkpoints of GraniteMoe have experts under names of their own.
-LOADED = [family for family in hf_models.FAMILIES if family != "GraniteMoe"]
+
+
+def as_producers_name(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The hub's stacked experts of GraniteMoe one by one, as ModelOpt 0.47 exports them."""
+    named = {}
+    for name, tensor in tensors.items():
+        moe, _, stack = name.partition(".block_sparse_moe.")
+        parts = {
+            "input_linear.weight": {"gate_proj": 0, "up_proj": 1},
+            "output_linear.weight": {"down_proj": None},
+        }.get(stack)
+        if parts is None:
+            named[name] = tensor
+            continue
+        for expert, weight in enumerate(tensor):
+            for projection, half in parts.items():
+                rows = weight if half is None else weight.chunk(2)[half]
+                key = f"{moe}.block_sparse_moe.experts.{expert}.{projection}.weight"
+                named[key] = rows.clone()
+    return named
 
 
 def save(
@@ -165,11 +186,14 @@ def save(
 ) -> Path:
     """An NVFP4 checkpoint of a float model, with the names of the hub."""
     model.save_pretrained(directory / "float")
+    if model.config.model_type == "granitemoe":
+        file = directory / "float" / "model.safetensors"
+        save_file(as_producers_name(load_file(file)), file, metadata={"format": "pt"})
     quantize_checkpoint(directory / "float", directory / "nvfp4", include=include, **options)
     return directory / "nvfp4"
 
 
-@pytest.mark.parametrize("family", LOADED)
+@pytest.mark.parametrize("family", hf_models.FAMILIES)
 @torch.no_grad()
 def test_load_pretrained_family_is_its_decoded_twin(family: str, tmp_path: Path) -> None:
     model = build(family, tie_word_embeddings=family in ("Qwen3Moe", "DeepseekV3"))
@@ -460,6 +484,70 @@ def test_replace_experts_refuses_a_checkpoint_of_another_model() -> None:
     with pytest.raises(ValueError, match="num_experts is 8 in the checkpoint, 4 in the model"):
         replace_experts(model, MODELS / "modelopt_mixtral")
     assert model.model.layers[0].mlp._modules == before
+
+
+LAST = "model__layers__1__block_sparse_moe__experts__7"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({f"{LAST}__w2__weight": None}, r"7\.w2\.weight is missing"),
+        ({f"{LAST}__w2__weight_scale_2": torch.zeros(())}, r"7\.w2\.weight_scale_2 must be one"),
+        ({f"{LAST}__w1__input_scale": None}, r"7\.w1\.input_scale is missing"),
+        (
+            {f"{LAST}__w3__weight_scale": torch.full((64, 8), torch.nan).to(torch.float8_e4m3fn)},
+            r"7\.w3\.weight_scale holds NaN or negative",
+        ),
+        (
+            {f"{LAST}__w3__weight": torch.zeros(64, 32, dtype=torch.uint8)},
+            r"7\.w3\.weight must be \(N, K\) = \(64, 128\)",
+        ),
+        ({f"{LAST}__w3__pre_quant_scale": torch.ones(128)}, r"pre_quant_scale is not known"),
+    ],
+    ids=["missing", "scale", "input scale", "block scales", "size", "unknown"],
+)
+@pytest.mark.parametrize("on_meta", [False, True], ids=["float", "meta"])
+def test_replace_experts_from_a_broken_checkpoint_replaces_none(
+    broken: Path, changes: dict[str, Tensor | None], message: str, on_meta: bool
+) -> None:
+    config = AutoConfig.from_pretrained(broken)
+    del config.quantization_config
+    with torch.device("meta" if on_meta else "cpu"):
+        model = AutoModelForCausalLM.from_config(config)
+    before = dict(model.named_modules())
+    change_tensors(broken, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        replace_experts(model, broken, activation_scale="static", device="cpu")
+    assert dict(model.named_modules()) == before
+
+
+def test_device_map_over_several_devices_is_refused_before_loading() -> None:
+    quantizer = NVFP4Quantizer(NVFP4Config())
+    for device_map in (None, "auto", {"": "cuda:0"}, {"model": 0, "lm_head": 0}):
+        quantizer.validate_environment(device_map=device_map, weights_only=True)
+    message = (
+        "device_map: a model with NVFP4 modules must be on one device, got 0, 1, cpu; pass "
+        'device="cuda:0" to load_pretrained'
+    )
+    device_map = {"model.layers.0": 0, "model.layers.1": 1, "model.norm": 0, "lm_head": "cpu"}
+    with pytest.raises(ValueError, match=message):
+        quantizer.validate_environment(device_map=device_map, weights_only=True)
+
+
+def test_model_on_several_devices_after_loading_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Should transformers not have asked before."""
+    settle = quantizer_module._settle_floats
+
+    def scatter(model: PreTrainedModel, plan: Any) -> None:
+        settle(model, plan)
+        model.lm_head.to("meta")
+
+    monkeypatch.setattr(quantizer_module, "_settle_floats", scatter)
+    with pytest.raises(ValueError, match="must be on one device, got cpu, meta"):
+        load_pretrained(MODELS / "modelopt_mixtral")
 
 
 def test_pretrained_model_does_not_save_as_something_else(tmp_path: Path) -> None:

@@ -39,8 +39,12 @@ def load(directory: Path) -> Tensors:
 @pytest.fixture(scope="module")
 def stored() -> dict[str, Tensors]:
     data = Path(__file__).parent / "data"
-    names = ("base_qwen3_moe", "modelopt_qwen3_moe", "ct_qwen3_moe")
-    return {name: load(data / name) for name in names}
+    directories = {
+        "base_qwen3_moe": data / "base_qwen3_moe",
+        "modelopt_qwen3_moe": data / "models" / "modelopt_qwen3_moe_experts_only",
+        "ct_qwen3_moe": data / "ct_qwen3_moe",
+    }
+    return {name: load(directory) for name, directory in directories.items()}
 
 
 def name_of(layer: int, expert: int, projection: str) -> str:

@@ -138,6 +138,44 @@ class Checkpoint:
             interleaved = INTERLEAVED.get(str(self.config.get("model_type")))
         return find_experts(index, self.producer, prefix, interleaved=interleaved)
 
+    def check_experts(
+        self,
+        prefix: str,
+        *,
+        activation_scale: ActivationScale | None = None,
+        interleaved: bool | None = None,
+    ) -> None:
+        """Find whatever ``load_experts`` would refuse in the experts of one layer, and load none.
+
+        Reads every header and every scale; codes stay on the disk, but for MXFP4's.
+
+        Args:
+            prefix, activation_scale, interleaved: as ``load_experts``'s.
+
+        Raises:
+            CheckpointError: names the file and the tensor that is missing or wrong.
+        """
+        experts = self._experts_to_load(self.index, prefix, activation_scale, interleaved)
+        for expert in range(experts.num_experts):
+            experts.read(expert)
+
+    def _experts_to_load(
+        self,
+        index: TensorIndex,
+        prefix: str,
+        activation_scale: ActivationScale | None,
+        interleaved: bool | None,
+    ) -> Experts:
+        experts = self._find_experts(index, prefix, interleaved)
+        if self.scheme(prefix) is None:
+            raise CheckpointError(f"{self.directory}: {prefix} is not quantized")
+        if activation_scale == "static" and not experts.has_input_scale:
+            raise CheckpointError(
+                f'{self.directory}: {prefix} has no input_scale, which "static" needs; use '
+                '"per_token", or calibrate'
+            )
+        return experts
+
     @cached_property
     def _index_without_input_scale(self) -> TensorIndex:
         return self.index.without(INPUT_SCALE_SUFFIXES)
@@ -173,14 +211,7 @@ class Checkpoint:
         if refused:
             raise ValueError(f"{', '.join(sorted(refused))}: the checkpoint decides on it")
         index = self._index_without_input_scale if ignore_input_scale else self.index
-        experts = self._find_experts(index, prefix, interleaved)
-        if self.scheme(prefix) is None:
-            raise CheckpointError(f"{self.directory}: {prefix} is not quantized")
-        if activation_scale == "static" and not experts.has_input_scale:
-            raise CheckpointError(
-                f'{self.directory}: {prefix} has no input_scale, which "static" needs; use '
-                '"per_token", or calibrate'
-            )
+        experts = self._experts_to_load(index, prefix, activation_scale, interleaved)
         if experts.bias_dtype is not None:
             options = {"dtype": experts.bias_dtype} | options
         # On meta: a canonical and a prepacked copy at once would be twice the memory.

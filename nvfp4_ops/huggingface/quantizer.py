@@ -7,9 +7,10 @@ that their tensors are not read; afterwards it streams those in as NVFP4MoE and 
 
 import re
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -101,6 +102,15 @@ class NVFP4Quantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._plan: _Plan | None = None
 
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse several devices before anything is loaded; called again when a map is inferred.
+
+        Raises:
+            ValueError: names the devices of the map.
+        """
+        if isinstance(device_map, dict) and len(set(device_map.values())) > 1:
+            _refuse_devices(device_map.values())
+
     def _process_model_before_weight_loading(
         self,
         model: PreTrainedModel,
@@ -131,9 +141,7 @@ class NVFP4Quantizer(HfQuantizer):
             nn.Module.to(model, config.device)
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) != 1:
-            raise ValueError(
-                f"device_map: NVFP4 modules are loaded to one device, the model is on {devices}"
-            )
+            _refuse_devices(devices)
         _load_modules(model, plan, devices.pop(), config.activation_scale)
         model.requires_grad_(False)
 
@@ -147,6 +155,14 @@ class NVFP4Quantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _refuse_devices(devices: Iterable[Any]) -> NoReturn:
+    some = ", ".join(sorted({str(device) for device in devices}))
+    raise ValueError(
+        f"device_map: a model with NVFP4 modules must be on one device, got {some}; pass "
+        'device="cuda:0" to load_pretrained, or device_map="cuda:0" to from_pretrained'
+    )
 
 
 def _make_plan(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> _Plan:

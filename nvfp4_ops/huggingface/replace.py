@@ -8,6 +8,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from nvfp4_ops.checkpoint import Checkpoint, open_checkpoint
+from nvfp4_ops.checkpoint.experts import Experts
 from nvfp4_ops.huggingface.families import ExpertsSpec, experts_modules, experts_spec
 from nvfp4_ops.huggingface.names import ModelNames
 from nvfp4_ops.linear import NVFP4Linear
@@ -52,8 +53,10 @@ def replace_experts(
 
     Raises:
         ValueError: the model has no experts, or some of a kind, size or flag that is not
-            supported; the message names module and flag, and the model is left as it was.
+            supported, or weights that are not finite; the message names the module.
         CheckpointError: the checkpoint lacks or breaks some of the experts.
+
+    All of this is found before anything is replaced: the model is then as it was.
     """
     specs = find_experts(model)
     if not specs:
@@ -68,8 +71,7 @@ def replace_experts(
                 "or replace, run the model under nvfp4_ops.calibrate, then assign"
             )
         for name in specs:
-            if model.get_submodule(name).get_parameter("down_proj").is_meta:
-                raise ValueError(f"{name}: has no weights (meta device); give a checkpoint")
+            _check_weights(name, model.get_submodule(name))
     else:
         if not isinstance(checkpoint, Checkpoint):
             checkpoint = open_checkpoint(checkpoint)
@@ -77,6 +79,9 @@ def replace_experts(
         lacking = sorted(specs.keys() - prefixes.keys())
         if lacking:
             raise ValueError(f"checkpoint: has no tensors for {', '.join(lacking)}")
+        # Float experts make room for NVFP4 ones layer by layer, so that there is no way back.
+        for name, spec in specs.items():
+            _check_stored(checkpoint, prefixes[name], spec, activation_scale)
     for name, spec in tqdm(specs.items(), desc="NVFP4 experts", unit="layer"):
         module = model.get_submodule(name)
         down = module.get_parameter("down_proj")
@@ -119,22 +124,52 @@ def load_spec(
 ) -> NVFP4MoE:
     """Load one layer's experts and check that they are those of the model; dtype: of biases."""
     options = spec.options() | ({"dtype": dtype} if spec.bias else {})
-    moe = checkpoint.load_experts(
+    experts = checkpoint.experts(prefix, interleaved=spec.interleaved)
+    _check_sizes(prefix, spec, experts)
+    return checkpoint.load_experts(
         prefix,
         device=device,
         activation_scale=activation_scale,
         interleaved=spec.interleaved,
         **options,
     )
+
+
+def _check_sizes(prefix: str, spec: ExpertsSpec, experts: Experts) -> None:
+    """Raise ValueError unless stored experts are of the sizes of the model's."""
     for what in ("num_experts", "hidden_size", "intermediate_size", "gated"):
-        stored, wanted = getattr(moe, what), getattr(spec, what)
+        stored, wanted = getattr(experts, what), getattr(spec, what)
         if stored != wanted:
             raise ValueError(
                 f"{prefix}: {what} is {stored} in the checkpoint, {wanted} in the model"
             )
-    if (moe.down_proj.bias is not None) != spec.bias:
+    if (experts.bias_dtype is not None) != spec.bias:
         raise ValueError(f"{prefix}: bias must be {'present' if spec.bias else 'absent'}")
-    return moe
+
+
+def _check_stored(
+    checkpoint: Checkpoint,
+    prefix: str,
+    spec: ExpertsSpec,
+    activation_scale: ActivationScale | None,
+) -> None:
+    """Raise whatever ``load_spec`` would, reading no more than headers and scales."""
+    _check_sizes(prefix, spec, checkpoint.experts(prefix, interleaved=spec.interleaved))
+    checkpoint.check_experts(
+        prefix, activation_scale=activation_scale, interleaved=spec.interleaved
+    )
+
+
+def _check_weights(name: str, module: nn.Module) -> None:
+    """Raise ValueError unless float experts can be quantized."""
+    if module.get_parameter("down_proj").is_meta:
+        raise ValueError(f"{name}: has no weights (meta device); give a checkpoint")
+    for weight_name, weight in module.named_parameters():
+        # By extremes, as quantize_weight does: a mask of all elements might find no room.
+        if weight.ndim == 3 and not all(
+            bool(extreme.isfinite()) for extreme in weight.detach().aminmax()
+        ):
+            raise ValueError(f"{name}.{weight_name}: must be finite, has Inf or NaN")
 
 
 def install(model: nn.Module, name: str, moe: NVFP4MoE) -> None:

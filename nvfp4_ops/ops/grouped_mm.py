@@ -42,6 +42,17 @@ class _Arguments(NamedTuple):
     num_columns: int | None = None
     early_weights: bool = False
 
+    @classmethod
+    def parse(cls, args: tuple[Any, ...]) -> "_Arguments":
+        """Of the op's arguments, in whose schema out_dtype is None for bfloat16.
+
+        AOTInductor can not write down a dtype that is left out because it is the schema's default.
+        """
+        arguments = cls(*args)
+        if arguments.out_dtype is None:
+            return arguments._replace(out_dtype=torch.bfloat16)
+        return arguments
+
     @property
     def n(self) -> int:
         return self.b.shape[1] if self.num_columns is None else self.num_columns
@@ -162,7 +173,7 @@ def _shape(arguments: _Arguments, act: Activation) -> tuple[int, int]:
 
 
 def _fake(*args: Any) -> Tensor:
-    arguments = _Arguments(*args)
+    arguments = _Arguments.parse(args)
     act = Activation(arguments.activation, arguments.limit)
     _check(arguments, act)
     return arguments.a.new_empty(_shape(arguments, act), dtype=arguments.out_dtype)
@@ -179,7 +190,7 @@ def _warn_of_reference(reason: str) -> None:
 
 
 def _kernel(*args: Any) -> Tensor:
-    arguments = _Arguments(*args)
+    arguments = _Arguments.parse(args)
     act = Activation(arguments.activation, arguments.limit)
     _check(arguments, act)
     a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, *_ = arguments
@@ -243,7 +254,7 @@ def _run_kernel(arguments: _Arguments, act: Activation) -> Tensor:
 _op = register(
     "grouped_scaled_mm(Tensor a, Tensor b, Tensor? sf_a, Tensor? sf_b, Tensor alpha, Tensor offs,"
     ' Tensor? row_scale=None, Tensor? bias=None, str activation="none", float? limit=None,'
-    " ScalarType out_dtype=bfloat16, SymInt? num_columns=None,"
+    " ScalarType? out_dtype=None, SymInt? num_columns=None,"
     " bool early_weights=False) -> Tensor",
     fake=_fake,
     kernel=_kernel,
