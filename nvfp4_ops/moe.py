@@ -253,7 +253,7 @@ class NVFP4MoE(nn.Module):
                 f"hidden_states: last dimension must be {self.hidden_size}, "
                 f"got shape {tuple(hidden_states.shape)}"
             )
-        x_TD = hidden_states.reshape(-1, self.hidden_size)
+        x_TD = _as_rows(hidden_states)
         if top_k_index is None and top_k_weights is None:
             if self.router is None:
                 raise ValueError("top_k_index, top_k_weights: must be given, there is no router")
@@ -265,8 +265,7 @@ class NVFP4MoE(nn.Module):
                 raise ValueError(
                     f"top_k_index: must be (..., top_k), top_k > 0, got {tuple(top_k_index.shape)}"
                 )
-            index_TK = top_k_index.reshape(-1, top_k_index.shape[-1])
-            weights_TK = top_k_weights.reshape(-1, top_k_weights.shape[-1])
+            index_TK, weights_TK = _as_rows(top_k_index), _as_rows(top_k_weights)
         if index_TK.shape[0] != x_TD.shape[0]:
             raise ValueError(
                 f"top_k_index: must have a row for each of the {x_TD.shape[0]} tokens, "
@@ -285,7 +284,8 @@ class NVFP4MoE(nn.Module):
             self._observer.observe(x_TD, hidden_RF, offs_E)
         hidden = make_operand(down, hidden_RF, mode, offs_E)
         out_RD = down(*hidden, offs_E, _NO_ACTIVATION, x_TD.dtype)
-        return combine(out_RD, row_of_slot_TK, weights_TK).reshape(hidden_states.shape)
+        out_TD = combine(out_RD, row_of_slot_TK, weights_TK)
+        return out_TD if hidden_states.ndim == 2 else out_TD.reshape(hidden_states.shape)
 
     def extra_repr(self) -> str:
         activation = self.activation if isinstance(self.activation, str) else "callable"
@@ -294,6 +294,12 @@ class NVFP4MoE(nn.Module):
             f"num_experts={self.num_experts}, activation={activation}, gated={self.gated}, "
             f"activation_scale={self.activation_scale}"
         )
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """(..., N) as (rows, N)."""
+    # A reshape that changes nothing costs the host as much as a launch.
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _fused_activation(

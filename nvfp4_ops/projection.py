@@ -102,18 +102,19 @@ class ExpertProjection(nn.Module):
         out_dtype: torch.dtype,
     ) -> Tensor:
         """Float rows times each one's expert; alpha as ``weight_scale_2``, which it includes."""
+        weight, block_scale = self.weight, self.weight_scale
         return grouped_scaled_mm(
             rows_RK,
-            self.weight,
+            weight,
             None,
-            self.weight_scale,
+            block_scale,
             alpha,
             offs_E,
             row_scale=row_scale_R1,
             bias=self.bias,
             activation=activation,
             out_dtype=out_dtype,
-            num_columns=self.num_rows if self.prepacked else None,
+            num_columns=self.num_rows if block_scale is None else None,
         )
 
     @property

@@ -26,11 +26,12 @@ MAX_IMPORT_SECONDS = 0.3
 MAY_IMPORT = {
     "format": set(),
     "activation": set(),
-    "registry": set(),
+    "plans": set(),
+    "registry": {"plans"},
     "reference": {"format", "activation"},
-    "kernels": {"format"},
-    "ops": {"format", "activation", "reference", "registry", "kernels"},
-    "routing": {"registry", "kernels"},
+    "kernels": {"format", "plans"},
+    "ops": {"format", "activation", "reference", "plans", "registry", "kernels"},
+    "routing": {"plans", "registry", "kernels"},
     "expert_parallel": {"registry", "routing"},
     "lowering": {"format", "ops"},
 }

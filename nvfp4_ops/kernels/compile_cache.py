@@ -33,6 +33,8 @@ from typing import NamedTuple
 
 import torch
 
+from nvfp4_ops import plans
+
 PACKAGE = Path(__file__).resolve().parent.parent
 SUFFIX, UNFINISHED_SUFFIX = ".kernel", ".kernel-unfinished"
 
@@ -90,7 +92,9 @@ def watch() -> Iterator[set[Hashable]]:
     seen: set[Hashable] = set()
     _watchers.append(seen)
     try:
-        yield seen
+        # A call that has a plan asks for nothing.
+        with plans.suspended():
+            yield seen
     finally:
         # By identity: sets that happen to be equal are not the same watcher.
         _watchers[:] = [other for other in _watchers if other is not seen]
@@ -103,6 +107,7 @@ def num_in_memory() -> int:
 def clear_memory() -> None:
     """Forget this process's kernels, and which warnings it gave."""
     with _lock:
+        plans.clear()
         _memory.clear()
         _warned.clear()
 

@@ -12,6 +12,7 @@ from nvfp4_ops import format as nvfp4
 from nvfp4_ops import kernels, reference
 from nvfp4_ops.activation import Activation
 from nvfp4_ops.ops.quantize import FLOAT_DTYPES
+from nvfp4_ops.plans import Run
 from nvfp4_ops.registry import (
     check_dtype,
     check_multiple,
@@ -176,17 +177,24 @@ def _warn_of_reference(reason: str) -> None:
     )
 
 
-def _kernel(*args: Any) -> Tensor:
+def _plan(*args: Any) -> Run | None:
     arguments = _Arguments(*args)
     act = Activation(arguments.activation, arguments.limit)
     _check(arguments, act)
-    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, _ = arguments
-    if a.is_cuda:
-        dtype = a.dtype if sf_a is None else torch.bfloat16
-        reason = kernels.why_no_grouped_mm(a.device, b.shape[0], dtype, out_dtype)
-        if reason is None:
-            return _run_kernel(arguments, act)
+    a, b = arguments.a, arguments.b
+    if not a.is_cuda:
+        return None
+    dtype = a.dtype if arguments.sf_a is None else torch.bfloat16
+    reason = kernels.why_no_grouped_mm(a.device, b.shape[0], dtype, arguments.out_dtype)
+    if reason is not None:
         _warn_of_reference(reason)
+        return None
+    return _plan_kernel(arguments, act)
+
+
+def _reference(*args: Any) -> Tensor:
+    arguments = _Arguments(*args)
+    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, activation, limit, out_dtype, _ = arguments
     if sf_b is None:
         b, sf_b = kernels.unpack(b, arguments.n, arguments.k)
     return reference.grouped_scaled_mm(
@@ -198,43 +206,78 @@ def _kernel(*args: Any) -> Tensor:
         offs,
         row_scale=row_scale,
         bias=bias,
-        activation=act,
+        activation=Activation(activation, limit),
         out_dtype=out_dtype,
     )
 
 
-def _run_kernel(arguments: _Arguments, act: Activation) -> Tensor:
+def _plan_kernel(arguments: _Arguments, act: Activation) -> Run:
     """The GPU's kernel, after what it does not do itself."""
     a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, _ = arguments
-    n, k = arguments.n, arguments.k
-    if sf_a is not None:
-        # Every e2m1 * e4m3 product is exact in bf16.
-        decoded = a.new_empty((a.shape[0], k), dtype=torch.bfloat16)
-        kernels.dequantize(a, sf_a, None, offs, decoded)
-        a = decoded
+    num_rows, n, k = a.shape[0], arguments.n, arguments.k
+    packed_shape: tuple[int, ...] = b.shape
     if sf_b is not None:
-        if sf_b.ndim == 4:
-            sf_b = reference.unswizzle_sf(sf_b, (b.shape[0], n, nvfp4.num_blocks(k)))
-        b = kernels.prepack(b, sf_b, gated=act.gated)
+        packed_shape = kernels.prepacked_shape(b.shape[0], n, k, gated=act.gated)
     # A gated activation is fused where its weights are prepacked for it, others always.
-    fused = act if b.ndim == kernels.GATED_RANK or not act.gated else Activation()
-    out = a.new_empty(
-        (a.shape[0], n // 2 if fused.gated else n),
-        dtype=out_dtype if fused == act else torch.float32,
-    )
-    kernels.grouped_mm(
-        a.contiguous(),
-        b,
-        offs,
-        alpha.contiguous(),
-        out,
-        row_scale=None if row_scale is None else row_scale.reshape(-1),
-        bias=None if bias is None else bias.float().contiguous(),
-        activation=fused.name,
-        limit=fused.limit,
-    )
-    # The activation sees the unrounded sums, as the contract says.
-    return out if fused == act else activations.apply(act, out).to(out_dtype)
+    fused = act if len(packed_shape) == kernels.GATED_RANK or not act.gated else Activation()
+    columns = n // 2 if fused.gated else n
+    is_complete = fused == act
+    mm_dtype = out_dtype if is_complete else torch.float32
+    decode = launch = None
+    if num_rows > 0:
+        if sf_a is not None:
+            decode = kernels.prepare_dequantize(a, sf_a, None, offs, torch.bfloat16)
+        launch = kernels.prepare_grouped_mm(
+            num_rows,
+            packed_shape,
+            alpha.shape,
+            columns,
+            a.device,
+            out_fp32=mm_dtype == torch.float32,
+            row_scale=row_scale is not None,
+            bias=bias is not None,
+            activation=fused.name,
+            limit=fused.limit,
+        )
+
+    def run(
+        a: Tensor,
+        b: Tensor,
+        sf_a: Tensor | None,
+        sf_b: Tensor | None,
+        alpha: Tensor,
+        offs: Tensor,
+        row_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        *_: object,
+    ) -> Tensor:
+        if decode is not None:
+            # Every e2m1 * e4m3 product is exact in bf16.
+            rows = a.new_empty(num_rows, k, dtype=torch.bfloat16)
+            decode(a, sf_a, None, offs, rows)
+            a = rows
+        out = a.new_empty(num_rows, columns, dtype=mm_dtype)
+        if launch is not None:
+            launch(
+                a.contiguous(),
+                b if sf_b is None else _prepack(b, sf_b, n, k, act),
+                offs,
+                alpha.contiguous(),
+                None if row_scale is None else row_scale.reshape(-1),
+                None if bias is None else bias.float().contiguous(),
+                out,
+            )
+        # The activation sees the unrounded sums, as the contract says.
+        return out if is_complete else activations.apply(act, out).to(out_dtype)
+
+    return run
+
+
+def _prepack(b: Tensor, sf_b: Tensor, n: int, k: int, act: Activation) -> Tensor:
+    """Canonical weights, anew for every call."""
+    if sf_b.ndim == 4:
+        sf_b = reference.unswizzle_sf(sf_b, (b.shape[0], n, nvfp4.num_blocks(k)))
+    return kernels.prepack(b, sf_b, gated=act.gated)
 
 
 _op = register(
@@ -242,7 +285,8 @@ _op = register(
     ' Tensor? row_scale=None, Tensor? bias=None, str activation="none", float? limit=None,'
     " ScalarType out_dtype=bfloat16, SymInt? num_columns=None) -> Tensor",
     fake=_fake,
-    kernel=_kernel,
+    kernel=_reference,
+    plan=_plan,
 )
 
 

@@ -1,0 +1,122 @@
+"""What an eager call need not do again: checks, choices and look-ups of one that was just like it.
+
+A decoding step calls the same ops with tensors of the same kind over and over, and a check of every
+argument in Python costs the host more than the launch. So the first such call makes a *plan*: a
+function that allocates and launches, right for all arguments that differ from the first ones in
+their memory alone. Later calls are recognised by one hash and by PyTorch's own guards in C++:
+types, dtypes, shapes, strides, devices, gradients, dispatch keys and modes, all as they were. What
+depends on values is not planned; what depends on addresses holds at multiples of ``ALIGNMENT``.
+"""
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
+
+Run = Callable[..., Any]
+"""Takes the arguments of the op and returns its result."""
+
+ALIGNMENT = 16
+MAX_KEYS = 512
+"""Of an op; prompts have any number of tokens. Beyond it the op starts over."""
+MAX_PLANS_PER_KEY = 8
+
+_all_plans: list["Plans"] = []
+_num_suspensions = 0
+
+
+class Plan(NamedTuple):
+    """pick: the tensors of the arguments. guards: whether they are like those it was made for."""
+
+    pick: Callable[[tuple[Any, ...]], tuple[Tensor, ...]]
+    guards: TensorGuards
+    run: Run
+
+
+class Plans:
+    """The plans of one op.
+
+    make: takes the op's arguments, checks them and returns the function that runs them, or None
+        where there is no plan; raises what the op raises.
+    num_tensors: how many of the arguments, the first ones, are tensors; all but the first of all
+        may be None.
+    """
+
+    def __init__(self, make: Callable[..., Run | None], num_tensors: int) -> None:
+        self._make = make
+        self._num_tensors = num_tensors
+        # Tuples that are replaced whole: threads read them without a lock.
+        self._plans: dict[Hashable, tuple[Plan, ...]] = {}
+        _all_plans.append(self)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._plans.values()))
+
+    def clear(self) -> None:
+        self._plans.clear()
+
+    def find(self, args: tuple[Any, ...]) -> Run | None:
+        """The plan made for arguments like these, or None."""
+        try:
+            for pick, guards, run in self._plans.get(self._key(args), ()):
+                tensors = pick(args)
+                if guards.check(*tensors) and _are_aligned(tensors):
+                    return None if _num_suspensions else run
+        except (AttributeError, TypeError):
+            # Not tensors, which the checks will say, or symbolic sizes, which have no hash.
+            pass
+        return None
+
+    def make(self, args: tuple[Any, ...]) -> Run | None:
+        """A new plan for these arguments, kept for others; None where there can be none."""
+        run = self._make(*args)
+        if run is None:
+            return None
+        present = [i for i, arg in enumerate(args[: self._num_tensors]) if arg is not None]
+        # The slice makes it a tuple.
+        pick = itemgetter(*present) if len(present) > 1 else itemgetter(slice(1))
+        tensors = pick(args)
+        # The guards refuse a tensor that is given twice.
+        if not _are_aligned(tensors) or len(set(map(id, tensors))) < len(tensors):
+            return run
+        sizes: Any = [list(tensor.shape) for tensor in tensors]
+        strides: Any = [list(tensor.stride()) for tensor in tensors]
+        guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        key = self._key(args)
+        if key not in self._plans and len(self._plans) >= MAX_KEYS:
+            self._plans.clear()
+        others = self._plans.get(key, ())
+        self._plans[key] = (Plan(pick, guards, run), *others)[:MAX_PLANS_PER_KEY]
+        return run
+
+    def _key(self, args: tuple[Any, ...]) -> Hashable:
+        """Equal for arguments that are alike: which of them are None, those that are no tensors."""
+        first = args[: self._num_tensors]
+        return (first[0].shape, *map(type, first), args[self._num_tensors :])
+
+
+def _are_aligned(tensors: tuple[Tensor, ...]) -> bool:
+    addresses = 0
+    for tensor in tensors:
+        addresses |= tensor.data_ptr()
+    return addresses % ALIGNMENT == 0
+
+
+def clear() -> None:
+    """Forget the plans of all ops."""
+    for plans in _all_plans:
+        plans.clear()
+
+
+@contextmanager
+def suspended() -> Iterator[None]:
+    """No plan is found in this context: every call asks anew for all it needs."""
+    global _num_suspensions
+    _num_suspensions += 1
+    try:
+        yield
+    finally:
+        _num_suspensions -= 1
