@@ -90,6 +90,7 @@ def test_structure_import_rules_name_existing_parts() -> None:
     assert set(MAY_IMPORT) - optional <= {part_of(path) for path in MODULES}
     # The rules would hold of nothing if no import was found.
     assert imported_parts(PACKAGE / "ops" / "dequantize.py") == {
+        "plans",
         "format",
         "kernels",
         "ops",
