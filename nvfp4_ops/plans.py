@@ -8,11 +8,13 @@ types, dtypes, shapes, strides, devices, gradients, dispatch keys and modes, all
 depends on values is not planned; what depends on addresses holds at multiples of ``ALIGNMENT``.
 """
 
+import threading
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
 
@@ -28,6 +30,10 @@ _all_plans: list["Plans"] = []
 _num_suspensions = 0
 
 
+def no_plan(*_: Any) -> None:
+    return None
+
+
 class Plan(NamedTuple):
     """pick: the tensors of the arguments. guards: whether they are like those it was made for."""
 
@@ -40,12 +46,12 @@ class Plans:
     """The plans of one op.
 
     make: takes the op's arguments, checks them and returns the function that runs them, or None
-        where there is no plan; raises what the op raises.
+        where there is no plan; raises what the op raises. Not needed by who calls ``keep``.
     num_tensors: how many of the arguments, the first ones, are tensors; all but the first of all
         may be None.
     """
 
-    def __init__(self, make: Callable[..., Run | None], num_tensors: int) -> None:
+    def __init__(self, num_tensors: int, make: Callable[..., Run | None] = no_plan) -> None:
         self._make = make
         self._num_tensors = num_tensors
         # Tuples that are replaced whole: threads read them without a lock.
@@ -73,15 +79,19 @@ class Plans:
     def make(self, args: tuple[Any, ...]) -> Run | None:
         """A new plan for these arguments, kept for others; None where there can be none."""
         run = self._make(*args)
-        if run is None:
-            return None
+        if run is not None:
+            self.keep(args, run)
+        return run
+
+    def keep(self, args: tuple[Any, ...], run: Run) -> None:
+        """``run`` is the plan for these arguments, if there can be one."""
         present = [i for i, arg in enumerate(args[: self._num_tensors]) if arg is not None]
         # The slice makes it a tuple.
         pick = itemgetter(*present) if len(present) > 1 else itemgetter(slice(1))
         tensors = pick(args)
         # The guards refuse a tensor that is given twice.
         if not _are_aligned(tensors) or len(set(map(id, tensors))) < len(tensors):
-            return run
+            return
         sizes: Any = [list(tensor.shape) for tensor in tensors]
         strides: Any = [list(tensor.stride()) for tensor in tensors]
         guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
@@ -90,7 +100,6 @@ class Plans:
             self._plans.clear()
         others = self._plans.get(key, ())
         self._plans[key] = (Plan(pick, guards, run), *others)[:MAX_PLANS_PER_KEY]
-        return run
 
     def _key(self, args: tuple[Any, ...]) -> Hashable:
         """Equal for arguments that are alike: which of them are None, those that are no tensors."""
@@ -120,3 +129,88 @@ def suspended() -> Iterator[None]:
         yield
     finally:
         _num_suspensions -= 1
+
+
+class Recording:
+    """The steps that a thread runs while it records, to be run again as one plan."""
+
+    def __init__(self) -> None:
+        self.thread = threading.get_ident()
+        self.steps: list[tuple[Run, tuple[Any, ...], Any]] = []
+        self.is_complete = True
+
+    def add(self, run: Run | None, args: tuple[Any, ...], result: Any) -> None:
+        """A step; None where there is no plan for it, and so none for the whole."""
+        if self.thread == threading.get_ident():
+            if run is None:
+                self.is_complete = False
+            else:
+                self.steps.append((run, args, result))
+
+    def plan(self, inputs: tuple[Any, ...], output: Tensor) -> Run | None:
+        """From ``inputs``, some of them tensors, to ``output``; None where a step takes others."""
+        if not self.is_complete or not self.steps or self.steps[-1][2] is not output:
+            return None
+        # Values by number: inputs, then constants, then the results of one step after the other.
+        constants = [
+            arg for _, args, _ in self.steps for arg in args if not isinstance(arg, Tensor)
+        ]
+        numbers = {id(value): i for i, value in enumerate(inputs) if isinstance(value, Tensor)}
+        next_constant = len(inputs)
+        next_result = next_constant + len(constants)
+        steps = []
+        for run, args, result in self.steps:
+            chosen = []
+            for arg in args:
+                if not isinstance(arg, Tensor):
+                    chosen.append(next_constant)
+                    next_constant += 1
+                elif id(arg) in numbers:
+                    chosen.append(numbers[id(arg)])
+                else:
+                    return None
+            results = result if isinstance(result, tuple) else (result,)
+            for value in results:
+                numbers[id(value)] = next_result
+                next_result += 1
+            steps.append((run, itemgetter(*chosen), isinstance(result, tuple)))
+
+        def replay(*inputs: Any) -> Any:
+            values = [*inputs, *constants]
+            result = None
+            for run, pick, is_tuple in steps:
+                result = run(*pick(values))
+                if is_tuple:
+                    values += result
+                else:
+                    values.append(result)
+            return result
+
+        return replay
+
+
+recording: Recording | None = None
+_recording_lock = threading.Lock()
+
+
+@contextmanager
+def record() -> Iterator[Recording | None]:
+    """Record what this thread runs; None where another thread records, which is as well."""
+    global recording
+    if not _recording_lock.acquire(blocking=False):
+        yield None
+        return
+    recording = Recording()
+    try:
+        yield recording
+    finally:
+        recording = None
+        _recording_lock.release()
+
+
+def step(function: Run, *args: Any) -> Any:
+    """function(*args), which is no op, as a step of what is recorded."""
+    result = function(*args)
+    if not torch.compiler.is_compiling() and recording is not None:
+        recording.add(function, args, result)
+    return result

@@ -12,6 +12,8 @@ from nvfp4_ops.activation import Activation
 from nvfp4_ops.ops import grouped_scaled_mm, prepack_weight
 from nvfp4_ops.weight import NVFP4Weight
 
+_STATE = ("weight", "weight_scale", "weight_scale_2", "static_scale", "static_alpha", "bias")
+
 
 class ExpertProjection(nn.Module):
     """Weights (E, N, K) in NVFP4, in the canonical layout and with ModelOpt's names.
@@ -116,6 +118,12 @@ class ExpertProjection(nn.Module):
             out_dtype=out_dtype,
             num_columns=self.num_rows if block_scale is None else None,
         )
+
+    def state(self) -> tuple[Any, ...]:
+        """All that ``forward`` and ``make_operand`` take from here: six tensors or None."""
+        # Not by nn.Module's look-up, which takes a microsecond of host time for each.
+        get = self._buffers.__getitem__
+        return tuple(map(get, _STATE))
 
     @property
     def prepacked(self) -> bool:

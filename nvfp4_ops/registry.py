@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
 from torch.autograd import _profiler_enabled
 
+from nvfp4_ops import plans as plans_module
 from nvfp4_ops.plans import Plans, Run
 
 NAMESPACE = "nvfp4_ops"
@@ -42,7 +43,7 @@ def register(
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    plans = None if plan is None else Plans(plan, _num_leading_tensors(overload))
+    plans = None if plan is None else Plans(_num_leading_tensors(overload), plan)
 
     def planned(*args: Any) -> Any:
         assert plans is not None
@@ -73,15 +74,23 @@ def register(
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
             return overload(*args)
-        # A profiler shows what is dispatched, a function mode wants to be asked.
-        if plans is None or _profiler_enabled() or _len_torch_function_stack():
-            return dispatch(*args)
-        run = plans.find(args)
-        if run is None and _is_plain(args):
-            run = plans.make(args)
-        return dispatch(*args) if run is None else run(*args)
+        run = None
+        if plans is not None and is_planned():
+            run = plans.find(args)
+            if run is None and is_plain(args):
+                run = plans.make(args)
+        result = dispatch(*args) if run is None else run(*args)
+        if plans_module.recording is not None:
+            plans_module.recording.add(run, args, result)
+        return result
 
     return call
+
+
+def is_planned() -> bool:
+    """Whether calls may use plans now."""
+    # A profiler shows what is dispatched, a function mode wants to be asked.
+    return not (_profiler_enabled() or _len_torch_function_stack())
 
 
 def _num_leading_tensors(overload: torch._ops.OpOverload) -> int:
@@ -96,7 +105,7 @@ def _needs_gradient(args: tuple[Any, ...]) -> bool:
     return False
 
 
-def _is_plain(args: tuple[Any, ...]) -> bool:
+def is_plain(args: tuple[Any, ...]) -> bool:
     """Whether all that the dispatcher would do with a GPU's tensors is to call the kernel."""
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     return (
