@@ -282,8 +282,7 @@ class NVFP4MoE(nn.Module):
         """The flow; on a GPU by one plan of the whole of it, which costs the host half."""
         if torch.compiler.is_compiling() or not x_TD.is_cuda or not self._may_plan():
             return self._flow(x_TD, index_TK, weights_TK)
-        first, down = self.first_proj, self.down_proj
-        act = self._fused
+        first, down, act = self.first_proj, self.down_proj, self._fused
         kind = (self._activation_scale, act.name, act.limit, self.num_experts, first.num_rows)
         inputs = (x_TD, index_TK, weights_TK, *first.state(), *down.state(), kind)
         run = _PLANS.find(inputs)
@@ -298,13 +297,13 @@ class NVFP4MoE(nn.Module):
 
     def _may_plan(self) -> bool:
         """Whether there are only ops to run: nobody watches, nothing of the user's is called."""
-        projections = (self.first_proj, self.down_proj)
         return (
             is_planned()
             and self._observer is None
             and isinstance(self.activation, str)
             and not _has_any_global_hook()
-            and not any(p._forward_pre_hooks or p._forward_hooks for p in projections)
+            and not _has_hooks(self.first_proj)
+            and not _has_hooks(self.down_proj)
         )
 
     def _flow(self, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -330,6 +329,10 @@ class NVFP4MoE(nn.Module):
             f"num_experts={self.num_experts}, activation={activation}, gated={self.gated}, "
             f"activation_scale={self.activation_scale}"
         )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks)
 
 
 def _as_rows(x: Tensor) -> Tensor:

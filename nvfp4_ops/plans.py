@@ -85,6 +85,8 @@ class Plans:
 
     def keep(self, args: tuple[Any, ...], run: Run) -> None:
         """``run`` is the plan for these arguments, if there can be one."""
+        if _num_suspensions:
+            return
         present = [i for i, arg in enumerate(args[: self._num_tensors]) if arg is not None]
         # The slice makes it a tuple.
         pick = itemgetter(*present) if len(present) > 1 else itemgetter(slice(1))
@@ -135,31 +137,40 @@ class Recording:
     """The steps that a thread runs while it records, to be run again as one plan."""
 
     def __init__(self) -> None:
-        self.thread = threading.get_ident()
-        self.steps: list[tuple[Run, tuple[Any, ...], Any]] = []
-        self.is_complete = True
+        self._thread = threading.get_ident()
+        self._is_inside_step = False
+        self._is_complete = True
+        self._steps: list[tuple[Run, tuple[Any, ...], Any]] = []
 
-    def add(self, run: Run | None, args: tuple[Any, ...], result: Any) -> None:
-        """A step; None where there is no plan for it, and so none for the whole."""
-        if self.thread == threading.get_ident():
-            if run is None:
-                self.is_complete = False
-            else:
-                self.steps.append((run, args, result))
+    def run(self, function: Run, args: tuple[Any, ...], *, is_plan: bool) -> Any:
+        """function(*args) as a step, unless it is part of one, or another thread's.
+
+        is_plan: whether it may be run again for arguments like these; else there is no plan.
+        """
+        if self._thread != threading.get_ident() or self._is_inside_step:
+            return function(*args)
+        self._is_inside_step = True
+        try:
+            result = function(*args)
+        finally:
+            self._is_inside_step = False
+        self._is_complete &= is_plan
+        self._steps.append((function, args, result))
+        return result
 
     def plan(self, inputs: tuple[Any, ...], output: Tensor) -> Run | None:
         """From ``inputs``, some of them tensors, to ``output``; None where a step takes others."""
-        if not self.is_complete or not self.steps or self.steps[-1][2] is not output:
+        if not self._is_complete or not self._steps or self._steps[-1][2] is not output:
             return None
         # Values by number: inputs, then constants, then the results of one step after the other.
         constants = [
-            arg for _, args, _ in self.steps for arg in args if not isinstance(arg, Tensor)
+            arg for _, args, _ in self._steps for arg in args if not isinstance(arg, Tensor)
         ]
         numbers = {id(value): i for i, value in enumerate(inputs) if isinstance(value, Tensor)}
         next_constant = len(inputs)
         next_result = next_constant + len(constants)
         steps = []
-        for run, args, result in self.steps:
+        for run, args, result in self._steps:
             chosen = []
             for arg in args:
                 if not isinstance(arg, Tensor):
@@ -210,7 +221,6 @@ def record() -> Iterator[Recording | None]:
 
 def step(function: Run, *args: Any) -> Any:
     """function(*args), which is no op, as a step of what is recorded."""
-    result = function(*args)
-    if not torch.compiler.is_compiling() and recording is not None:
-        recording.add(function, args, result)
-    return result
+    if torch.compiler.is_compiling() or recording is None:
+        return function(*args)
+    return recording.run(function, args, is_plan=True)

@@ -79,10 +79,10 @@ def register(
             run = plans.find(args)
             if run is None and is_plain(args):
                 run = plans.make(args)
-        result = dispatch(*args) if run is None else run(*args)
-        if plans_module.recording is not None:
-            plans_module.recording.add(run, args, result)
-        return result
+        function = dispatch if run is None else run
+        if plans_module.recording is None:
+            return function(*args)
+        return plans_module.recording.run(function, args, is_plan=run is not None)
 
     return call
 
