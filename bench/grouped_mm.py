@@ -3,8 +3,9 @@
     python -m bench.grouped_mm [--out DIR]
 
 Every case is checked against float64 on decoded weights before it is timed. Weight sets are
-rotated, past the L2 cache; the time is that of the op in a CUDA graph. Bytes are those of the
-weights, of x and of the output, each counted once.
+rotated, past the L2 cache; the time is that of the op in a CUDA graph, its first weights loaded
+while the call before it ends (``early_weights``), as in a layer. Bytes are those of the weights, of
+x and of the output, each counted once.
 """
 
 import sys
@@ -76,7 +77,9 @@ def run_case(
     alpha = torch.rand(num_experts, device="cuda") * 1e-3 + 1e-4
 
     def call(packed: Tensor) -> Tensor:
-        return nvfp4_ops.grouped_scaled_mm(x, packed, None, None, alpha, offs, num_columns=n)
+        return nvfp4_ops.grouped_scaled_mm(
+            x, packed, None, None, alpha, offs, num_columns=n, early_weights=True
+        )
 
     check(call(sets[0]), x, *raw, alpha, rows)
     time_us = graph_time_us([lambda packed=packed: call(packed) for packed in sets])

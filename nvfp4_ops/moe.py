@@ -310,8 +310,9 @@ class NVFP4MoE(nn.Module):
         offs_E, token_of_row_R, row_of_slot_TK = sort_by_expert(index_TK, self.num_experts)
         first, down = self.first_proj, self.down_proj
         mode = self._activation_scale
+        # Weights may load early: what makes the operands waits for the sort, which wrote offs_E.
         routed = make_operand(first, x_TD, mode, token_of_row_R=token_of_row_R)
-        hidden_RF = first(*routed, offs_E, self._fused, x_TD.dtype)
+        hidden_RF = first(*routed, offs_E, self._fused, x_TD.dtype, early_weights=True)
         if callable(self.activation):
             # It may turn the zeros of rows without an expert into something else.
             row_R1 = torch.arange(hidden_RF.shape[0], device=hidden_RF.device).unsqueeze(1)
@@ -319,7 +320,7 @@ class NVFP4MoE(nn.Module):
         if self._observer is not None:
             self._observer.observe(x_TD, hidden_RF, offs_E)
         hidden = make_operand(down, hidden_RF, mode, offs_E)
-        out_RD = down(*hidden, offs_E, _NO_ACTIVATION, x_TD.dtype)
+        out_RD = down(*hidden, offs_E, _NO_ACTIVATION, x_TD.dtype, early_weights=True)
         return combine(out_RD, row_of_slot_TK, weights_TK)
 
     def extra_repr(self) -> str:

@@ -102,6 +102,8 @@ class ExpertProjection(nn.Module):
         offs_E: Tensor,
         activation: Activation,
         out_dtype: torch.dtype,
+        *,
+        early_weights: bool = False,
     ) -> Tensor:
         """Float rows times each one's expert; alpha as ``weight_scale_2``, which it includes."""
         weight, block_scale = self.weight, self.weight_scale
@@ -117,6 +119,7 @@ class ExpertProjection(nn.Module):
             activation=activation,
             out_dtype=out_dtype,
             num_columns=self.num_rows if block_scale is None else None,
+            early_weights=early_weights,
         )
 
     def state(self) -> tuple[Any, ...]:

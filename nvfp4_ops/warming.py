@@ -79,8 +79,7 @@ def warmup(
             visit_changes(requests, max_tokens)
             for slots in (top_k, getattr(layer.router, "top_k", None)):
                 if slots is not None:
-                    every_tile = kernels.tokens_of_every_tile(max_tokens, slots, layer.num_experts)
-                    for num_tokens in every_tile:
+                    for num_tokens in _tokens_of_every_grouped_mm(layer, max_tokens, slots):
                         requests(num_tokens)
     return compile_cache.num_in_memory() - num_before
 
@@ -89,7 +88,7 @@ def visit_changes(requests: Callable[[int], Requests], max_tokens: int) -> None:
     """Call ``requests`` on both sides of each number of tokens where its result changes.
 
     Between powers of two a result that returns to what it was is not looked for: most choices of
-    kernels are ladders, and ``kernels.tokens_of_every_tile`` knows the one that is not.
+    kernels are ladders, and ``kernels.tokens_of_every_config`` knows the one that is not.
     """
     powers = [1 << i for i in range(max_tokens.bit_length())]
     for span in pairwise([*powers, max_tokens]):
@@ -100,6 +99,16 @@ def visit_changes(requests: Callable[[int], Requests], max_tokens: int) -> None:
                 middle = (low + high) // 2
                 spans += [(low, middle), (middle, high)]
     requests(max_tokens)
+
+
+def _tokens_of_every_grouped_mm(layer: NVFP4MoE, max_tokens: int, top_k: int) -> list[int]:
+    sizes = [
+        kernels.num_weight_blocks(
+            projection.num_rows, projection.num_columns, gated=projection.gated
+        )
+        for projection in layer.projections().values()
+    ]
+    return kernels.tokens_of_every_config(max_tokens, top_k, layer.num_experts, sizes)
 
 
 def _run(

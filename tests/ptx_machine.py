@@ -173,6 +173,7 @@ class _Cta:
             "%tid.x": self.thread.astype(np.uint64),
             "%ctaid.x": np.full(n, cta[0], np.uint64),
             "%ctaid.y": np.full(n, cta[1], np.uint64),
+            "%laneid": lane,
             "%lanemask_lt": (np.uint64(1) << lane) - np.uint64(1),
         }
 

@@ -19,7 +19,7 @@ from compare import assert_bytes_equal
 from hf_models import build, decoded_twin, fake_quantized, relative_error
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, PreTrainedModel
 
 from nvfp4_ops import CheckpointError, NVFP4Linear, NVFP4MoE, quantize_checkpoint
 from nvfp4_ops.huggingface import (
@@ -315,10 +315,10 @@ def test_load_pretrained_generates_in_cuda_graphs(mode: str | None) -> None:
     model = load_pretrained(SHIPPED, device="cuda", activation_scale=mode)
     ids = torch.randint(3, 2048, (1, 16), device="cuda")
     options = {"max_new_tokens": 24, "min_new_tokens": 24, "do_sample": False}
-    options |= {"cache_implementation": "static", "disable_compile": True}
-    eager = model.generate(ids, **options)
-    model.forward = torch.compile(model.forward, fullgraph=True, mode="reduce-overhead")
-    compiled = model.generate(ids, **options)
+    options |= {"cache_implementation": "static"}
+    eager = model.generate(ids, **options, disable_compile=True)
+    config = CompileConfig(fullgraph=True, mode="reduce-overhead")
+    compiled = model.generate(ids, **options, compile_config=config)
     # Inductor's attention and norms round differently: tokens may part, late.
     assert torch.equal(compiled[:, :20], eager[:, :20])
 

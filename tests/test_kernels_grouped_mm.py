@@ -16,7 +16,7 @@ from nvfp4_ops.kernels import prepack_sm90
 from nvfp4_ops.kernels.grouped_mm_config import (
     GroupedMmConfig,
     choose_config,
-    tokens_of_every_tile,
+    tokens_of_every_config,
 )
 
 SHAPES = [(128, 128), (16, 16), (192, 112), (96, 2880), (320, 256)]
@@ -181,11 +181,11 @@ WGMMA_WAIT = (0x00008000000079C5).to_bytes(8, "little")
 PLAIN: dict[str, Any] = {"out_fp32": False, "row_scale": False, "bias": False}
 EPILOGUES: list[dict[str, Any]] = [
     PLAIN,
-    PLAIN | {"row_scale": True},
+    PLAIN | {"row_scale": True, "early_weights": True},
     PLAIN | {"out_fp32": True},
     {"out_fp32": True, "row_scale": True, "bias": True},
     {"row_scale": True, "bias": True, "activation": "relu2"},
-    {"activation": "silu_mul", "gated": True, "limit": 7.0},
+    {"activation": "silu_mul", "gated": True, "limit": 7.0, "early_weights": True},
     {"row_scale": True, "bias": True, "activation": "gelu_tanh_mul", "gated": True},
 ]
 
@@ -319,7 +319,8 @@ def test_grouped_mm_kernel_equals_the_reference(case: dict[str, Any]) -> None:
     bound = (2**-16 if fp32 else 2**-7) * (expected.abs() + scale)
     assert (error <= bound).all(), f"worst {(error / (expected.abs() + scale)).max():.2e}"
     assert (actual[int(arguments["offs"][-1]) :] == 0).all()
-    assert_bytes_equal(on_gpu(arguments, codes, sf).double(), actual)
+    again = on_gpu(arguments | {"early_weights": True}, codes, sf)
+    assert_bytes_equal(again.double(), actual)
 
 
 @pytest.mark.gpu
@@ -406,22 +407,41 @@ def test_choose_config_takes_the_tile_that_holds_most_experts() -> None:
 @pytest.mark.parametrize(
     ("max_tokens", "top_k", "num_experts"), [(8192, 8, 128), (300, 2, 8), (5, 1, 256), (4096, 2, 7)]
 )
-def test_tokens_of_every_tile_meet_every_tile(
+def test_tokens_of_every_config_meet_every_config(
     max_tokens: int, top_k: int, num_experts: int
 ) -> None:
-    def tile(tokens: int) -> tuple[int, int]:
-        config = choose_config(tokens * top_k, num_experts, 10_000, 16)
-        return config.tile_tokens, config.stages
+    sizes = [(24, 16), (32, 6), (90, 23), (448, 32)]
 
-    met = tokens_of_every_tile(max_tokens, top_k, num_experts)
+    def configs(tokens: int) -> set[GroupedMmConfig]:
+        return {choose_config(tokens * top_k, num_experts, *size) for size in sizes}
+
+    met = tokens_of_every_config(max_tokens, top_k, num_experts, sizes)
     assert max(met) <= max_tokens
-    assert {tile(tokens) for tokens in met} == {tile(t) for t in range(1, max_tokens + 1)}
+    every = set.union(*(configs(tokens) for tokens in range(1, max_tokens + 1)))
+    assert set.union(*map(configs, met)) == every
+
+
+def test_choose_config_fills_the_last_wave() -> None:
+    """Tiles of 256 rows leave most multiprocessors idle at the end of the first two."""
+    chosen = {
+        shape: choose_config(slots, experts, *shape).warpgroups
+        for slots, experts, shape in [
+            (32, 128, (90, 23)),
+            (64, 32, (64, 56)),
+            (64, 32, (112, 16)),
+            (256, 256, (64, 32)),
+        ]
+    }
+    assert chosen == {(90, 23): 3, (64, 56): 3, (112, 16): 4, (64, 32): 4}
 
 
 def test_choose_config_splits_k_where_tiles_are_few_and_columns_many() -> None:
-    few, many, short = (choose_config(8, 8, *s) for s in ((24, 16), (300, 16), (24, 6)))
+    few, many, short = (choose_config(8, 8, *s) for s in ((24, 16), (2000, 16), (24, 6)))
     assert few.split_k
     assert few.row_blocks == 1
+    assert (few.warpgroups, few.blocks_per_sm) == (2, 2)
+    assert choose_config(8, 8, 112, 16).warpgroups == 3
+    assert choose_config(2, 2, 64, 112).warpgroups == 4
     assert not many.split_k
     assert many.row_blocks == 4
     assert not short.split_k

@@ -2,9 +2,10 @@
 
 import os
 import re
+import struct
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from kernel_checks import (
     offs_of,
     poisoned,
 )
+from ptx_machine import Kernel, Memory
 
 import nvfp4_ops
 from nvfp4_ops import format as nvfp4
@@ -39,6 +41,7 @@ from nvfp4_ops.kernels import blocks
 from nvfp4_ops.kernels import quantize_rows as quantize
 from nvfp4_ops.kernels import swizzle_sf as swizzle
 from nvfp4_ops.kernels.launch.quantize_rows import (
+    WAVES,
     QuantizeConfig,
     choose_col_warps,
     choose_grid,
@@ -65,10 +68,11 @@ ROUND_CONFIGS = [
     for gather in (False, True)
 ]
 SWIZZLE_CONFIGS = [
-    SwizzleConfig(direction, ragged, row_align)
+    SwizzleConfig(direction, ragged, row_align, threads)
     for direction in ("swizzle", "unswizzle")
     for ragged in (False, True)
     for row_align in (1, 4, 16)
+    for threads in (128, 512)
 ]
 
 
@@ -111,6 +115,32 @@ def test_kernels_compile_to_exact_arithmetic_in_registers(config: Any, tmp_path:
         assert "st.global.b8" not in ptx
     # As many CTAs as the grid of ragged rows counts on.
     assert registers * config.threads * config.resident_ctas <= 1 << 16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests compile and run them")
+@pytest.mark.parametrize("threads", [128, 256, 512])
+@pytest.mark.parametrize("direction", ["swizzle", "unswizzle"])
+def test_swizzle_ptx_gives_the_bytes_of_the_reference(
+    direction: Literal["swizzle", "unswizzle"], threads: int, tmp_path: Path
+) -> None:
+    config = SwizzleConfig(direction, False, 16, threads)
+    kernel = Kernel(build(config, f"--gpu-arch sm_90a --keep-ptx --dump-dir {tmp_path}").__ptx__)
+    for rows, cols in ((300, 16), (129, 272), (260, 528)):
+        linear = torch.randint(0, 127, (rows, cols), dtype=torch.uint8)
+        swizzled = nvfp4_ops.swizzle_sf(linear.view(torch.float8_e4m3fn)).view(torch.uint8)
+        source, target = (linear, swizzled) if direction == "swizzle" else (swizzled, linear)
+        memory = Memory()
+        addresses = memory.add(source), memory.add(torch.full_like(target, 0xAA))
+        linear_at, swizzled_at = addresses if direction == "swizzle" else addresses[::-1]
+        row_tiles, col_tiles, *_ = swizzled.shape
+        params = [
+            struct.pack("<q2i", linear_at, rows, cols),
+            struct.pack("<q2i", swizzled_at, row_tiles, col_tiles),
+            struct.pack("<i", rows),
+        ]
+        kernel.launch((row_tiles, -(-col_tiles * 8 // threads)), params, memory)
+        assert torch.equal(memory.get(addresses[1], target), target)
+        assert memory.writes(addresses[1], target) == [1]
 
 
 def test_quantize_config_needs_offs_for_a_scale_per_expert() -> None:
@@ -170,7 +200,7 @@ def test_quantize_grid_covers_every_block_once(
         units = row_tiles * nvfp4.SWIZZLE_LINES if swizzled else rows
         assert 0 <= grid_rows * (warps // col_warps) - units < warps // col_warps
     else:
-        assert grid_rows * grid_steps <= config.resident_ctas * 132
+        assert grid_rows * grid_steps <= WAVES * config.resident_ctas * 132
 
 
 @cute.jit

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
 from nvfp4_ops.kernels import compile_cache, prepack_sm90
-from nvfp4_ops.kernels.grouped_mm_config import choose_config, tokens_of_every_tile
+from nvfp4_ops.kernels.grouped_mm_config import choose_config, tokens_of_every_config
 from nvfp4_ops.kernels.launch import amax as amax_launch
 from nvfp4_ops.kernels.launch import combine_rows as combine_launch
 from nvfp4_ops.kernels.launch import decode as decode_launch
@@ -26,11 +26,17 @@ from nvfp4_ops.kernels.launch import sort_slots as sort_launch
 from nvfp4_ops.kernels.launch import swizzle_sf as swizzle_launch
 from nvfp4_ops.kernels.launch.tensors import GetCompiled, Launch, why_no_rows
 from nvfp4_ops.kernels.limits import MAX_EXPERTS, num_multiprocessors
-from nvfp4_ops.kernels.prepack_sm90 import GATED_RANK, PLAIN_RANK, prepacked_shape
+from nvfp4_ops.kernels.prepack_sm90 import (
+    GATED_RANK,
+    PLAIN_RANK,
+    num_weight_blocks,
+    prepacked_shape,
+)
 
 __all__ = [
     "GATED_RANK",
     "PLAIN_RANK",
+    "num_weight_blocks",
     "prepack",
     "prepacked_shape",
     "prepare_combine",
@@ -44,7 +50,7 @@ __all__ = [
     "prepare_round_per_token",
     "prepare_sort",
     "prepare_swizzle",
-    "tokens_of_every_tile",
+    "tokens_of_every_config",
     "unpack",
     "unswizzle",
     "why_no_elementwise",
@@ -127,12 +133,13 @@ def prepare_grouped_mm(
     bias: bool = False,
     activation: str = "none",
     limit: float | None = None,
+    early_weights: bool = False,
 ) -> Launch:
     """out[r, n] = act(alpha[e, segment(n)] * row_scale[r] * sum_k x[r, k] W[e, n, k] + bias[e, n]).
 
     num_rows: R, positive. weight_shape: prepacked; rank 5 for gated activations, else rank 4.
     alpha_shape: (E,) or (E, 2). num_columns: of out: N, or N / 2 where gated. row_scale, bias:
-    whether they are given.
+    whether they are given. early_weights: see ``GroupedMmConfig``.
 
     Returns launch(x (R, K) bf16, weight, offs (E,) int32, alpha fp32, row_scale (R,) fp32 or None,
     bias (E, N) fp32 or None, out bf16 or fp32), all contiguous; out is written whole.
@@ -145,6 +152,7 @@ def prepare_grouped_mm(
         num_experts,
         row_blocks,
         column_blocks,
+        early_weights=early_weights,
         out_fp32=out_fp32,
         row_scale=row_scale,
         bias=bias,

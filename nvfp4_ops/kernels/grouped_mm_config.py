@@ -1,5 +1,6 @@
 """Configurations of the Hopper grouped mm and which one serves which sizes. Imports no DSL."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -31,6 +32,8 @@ class GroupedMmConfig:
     stages: depth of the shared-memory pipeline; a stage is 128 columns, or 128 a warpgroup.
     blocks_per_sm: persistent CTAs on each multiprocessor.
     cluster: CTAs that share the rows of x: each loads its part and multicasts it to all.
+    early_weights: load the first weights before the kernel ahead is complete. ``offs`` must have
+        been complete when that kernel started.
     out_fp32: write fp32 rather than bf16.
     row_scale, bias: whether the epilogue has them.
     activation, limit: fused activation; a gated one needs weights prepacked ``gated``.
@@ -42,6 +45,7 @@ class GroupedMmConfig:
     blocks_per_sm: int = 1
     cluster: int = 1
     split_k: bool = False
+    early_weights: bool = False
     out_fp32: bool = False
     row_scale: bool = False
     bias: bool = False
@@ -110,14 +114,18 @@ _TIME_OF_WIDTH = {64: 77, 96: 86, 112: 93, 128: 102, 144: 113, 160: 122}
 # Quartiles of the normal distribution, in the middle of each quarter.
 _SCATTER = (-1.15, -0.32, 0.32, 1.15)
 
-# (tile_tokens, most tiles of 64 rows, stages) up to which splitting K beats tiles of 256 rows: they
-# leave multiprocessors idle, at the end if not at once. Measured on an H200, 132 multiprocessors.
-_SPLIT = ((8, 1600, 6), (16, 528, 4))
+# Tiles of 64 rows up to which splitting K beats tiles of 256 rows: they leave multiprocessors idle,
+# at the end if not at once. Measured on an H200.
+_MULTIPROCESSORS = 132
+_MOST_SPLIT_TILES = {8: 1600, 16: 528}
 _SPLIT_COLUMN_BLOCKS = 8
 # With fewer columns than that, smaller tiles: about one wave of them, or a few.
 _FEW_TILES = 528
 _FEW_SHORT = dict(warpgroups=1, stages=6, blocks_per_sm=2)
 _SHORT = dict(warpgroups=3, stages=6, blocks_per_sm=2)
+# A multiprocessor's share of the memory's bandwidth can grow by so much when others are idle.
+_SPARE_BANDWIDTH = 1.1
+_TOUCHED_SHARES = (0.92, 0.96, 1.0, 1.04, 1.08)
 
 
 def _expected_time(config: GroupedMmConfig, rows: int) -> float:
@@ -141,6 +149,36 @@ def _choose_tile(rows_per_expert: int) -> GroupedMmConfig:
     return min(large, key=lambda config: _expected_time(config, rows_per_expert))
 
 
+def _split(tile_tokens: int, tiles: int) -> dict[str, Any]:
+    """How to split K over the warpgroups of a CTA, for so many tiles of 64 rows."""
+    if tile_tokens == 8 and _MULTIPROCESSORS < tiles <= 2 * _MULTIPROCESSORS:
+        # All of them at once.
+        return dict(split_k=True, warpgroups=2, stages=6, blocks_per_sm=2)
+    if tile_tokens == 8 and tiles > 4 * _MULTIPROCESSORS:
+        # One CTA multiplies while the other starts or ends a tile.
+        return dict(split_k=True, warpgroups=3, stages=5, blocks_per_sm=2)
+    return dict(split_k=True, stages=6 if tile_tokens == 8 else 4)
+
+
+def _streaming_time(
+    config: GroupedMmConfig, slots: int, num_experts: int, row_blocks: int
+) -> float:
+    """Of reading the touched experts' weights, in blocks a multiprocessor at full bandwidth.
+
+    The tiles that are left for the last wave of CTAs do not need all multiprocessors, and these few
+    do not reach the full bandwidth. How many experts random routing touches varies; this is a mean.
+    """
+    expected = num_experts * (1 - (1 - 1 / num_experts) ** slots)
+    total = 0.0
+    for share in _TOUCHED_SHARES:
+        tiles = round(expected * share * -(-row_blocks // config.row_blocks))
+        waves, left = divmod(tiles, config.blocks_per_sm * _MULTIPROCESSORS)
+        busiest = -(-left // _MULTIPROCESSORS)
+        last = max(left / _MULTIPROCESSORS, busiest / _SPARE_BANDWIDTH)
+        total += (waves * config.blocks_per_sm + last) * config.row_blocks
+    return total / len(_TOUCHED_SHARES)
+
+
 @lru_cache(maxsize=4096)
 def choose_config(
     num_rows: int, num_experts: int, row_blocks: int, column_blocks: int, **epilogue: Any
@@ -149,29 +187,42 @@ def choose_config(
     touched = max(1, min(num_experts, num_rows))
     config = replace(_choose_tile(-(-num_rows // touched)), **epilogue)
     tiles = touched * row_blocks
-    for tokens, most_tiles, stages in _SPLIT:
-        if config.tile_tokens == tokens and tiles <= most_tiles:
-            if column_blocks >= _SPLIT_COLUMN_BLOCKS:
-                return replace(config, split_k=True, stages=stages)
-            if tokens == 8:
-                return replace(config, **(_FEW_SHORT if tiles <= _FEW_TILES else _SHORT))
+    if tiles <= _MOST_SPLIT_TILES.get(config.tile_tokens, 0):
+        if column_blocks >= _SPLIT_COLUMN_BLOCKS:
+            return replace(config, **_split(config.tile_tokens, tiles))
+        if config.tile_tokens == 8:
+            return replace(config, **(_FEW_SHORT if tiles <= _FEW_TILES else _SHORT))
+    if config.tile_tokens == 8:
+        smaller = replace(config, **_SHORT)
+        shape = (num_rows, num_experts, row_blocks)
+        # Where both fill the multiprocessors, tiles of 192 rows are somewhat slower.
+        if 1.01 * _streaming_time(smaller, *shape) < _streaming_time(config, *shape):
+            return smaller
     if config.tile_tokens > 96 and config.out_fp32 and config.row_scale:
         # Their addresses leave no registers for more tokens.
         return replace(config, tile_tokens=96, warpgroups=2, stages=4)
     return config
 
 
-def tokens_of_every_tile(max_tokens: int, top_k: int, num_experts: int) -> list[int]:
-    """Numbers of tokens, at most ``max_tokens``, that together meet every tile there can be.
+def tokens_of_every_config(
+    max_tokens: int, top_k: int, num_experts: int, sizes: Iterable[tuple[int, int]]
+) -> list[int]:
+    """Numbers of tokens, at most ``max_tokens``, that together meet every configuration there is.
 
-    Large tiles come and go as the rows fill them, so looking where the choice changes between two
-    numbers is not enough.
+    Configurations come and go as rows fill tiles and tiles fill multiprocessors, so looking where
+    the choice changes between two numbers is not enough.
+
+    sizes: (row_blocks, column_blocks) of the weights.
     """
-    first: dict[GroupedMmConfig, int] = {}
+    sizes = list(sizes)
+    # Each number while not every expert is touched, then the fewest tokens for each number of rows
+    # of the fullest expert.
+    few = range(1, _LADDER[0][0] * num_experts // top_k + 2)
     most_rows = -(-max_tokens * top_k // num_experts)
-    for rows_per_expert in range(1, most_rows + 1):
-        # The fewest tokens with so many rows for the fullest expert.
-        tokens = (rows_per_expert - 1) * num_experts // top_k + 1
+    more = ((rows - 1) * num_experts // top_k + 1 for rows in range(1, most_rows + 1))
+    first: dict[tuple[GroupedMmConfig, ...], int] = {}
+    for tokens in (*few, *more):
         if tokens <= max_tokens:
-            first.setdefault(_choose_tile(rows_per_expert), tokens)
+            configs = (choose_config(tokens * top_k, num_experts, *size) for size in sizes)
+            first.setdefault(tuple(configs), tokens)
     return list(first.values())

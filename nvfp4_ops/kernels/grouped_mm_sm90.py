@@ -6,6 +6,7 @@ word of eight codes.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import cuda.bindings.driver as cuda_driver
 import cutlass
@@ -74,6 +75,24 @@ def _decode_word(word, scales, out, base: int):
     out[base + 3] = _multiply_by_half(merged, scales, 1)
 
 
+class WeightSource(NamedTuple):
+    """Prepacked weights in global memory: blocks of 64 rows x 128 columns."""
+
+    pointer: cute.Pointer
+    row_blocks: Int32
+    used_blocks: Int32
+    column_blocks: Int32
+
+    @property
+    def block_stride(self) -> Int64:
+        """Bytes from a block to the one of the next 64 rows."""
+        return Int64(self.column_blocks) * BLOCK_BYTES
+
+    def address(self, expert: Int32, block: Int32) -> Int64:
+        first = Int64(expert) * Int64(self.row_blocks) + Int64(block)
+        return self.pointer.toint() + first * self.block_stride
+
+
 class GroupedMmSm90:
     """out[r, n] = act(alpha[e, segment(n)] * row_scale[r] * sum_k x[r, k] W[e, n, k] + bias[e, n]).
 
@@ -90,7 +109,8 @@ class GroupedMmSm90:
 
     The last tile of rows may have fewer blocks than warpgroups: the others compute on what is
     there and store nothing. Nothing is read or written for good before the kernel ahead is complete
-    (griddepcontrol), so that this one's launch and set-up overlap with it.
+    (griddepcontrol), so that this one's launch and set-up overlap with it; but for ``offs`` and
+    weights with ``early_weights``.
 
     Limits: E <= 1024; x rows are 16-byte aligned.
     """
@@ -220,22 +240,23 @@ class GroupedMmSm90:
         # Blocks of padding alone are not worth reading.
         used_blocks = (num_columns + (self.columns - 1)) // self.columns
         row_tiles = (used_blocks + (tile_blocks - 1)) // tile_blocks
-        guessed_tiles = self.tiles.scan(mOffs, sRowEnd, sTileEnd, num_experts, row_tiles)
-        if warp == 0:
-            self._prefetch(
-                weight, sRowEnd, sTileEnd, guessed_tiles,
-                num_experts, row_tiles, row_blocks, used_blocks, column_blocks,
-            )  # fmt: skip
-        follow_previous_kernel()
         num_tiles = self.tiles.scan(mOffs, sRowEnd, sTileEnd, num_experts, row_tiles)
+        weights = WeightSource(weight, row_blocks, used_blocks, column_blocks)
+        producer = warp == 4 * config.warpgroups
+        if cutlass.const_expr(config.early_weights):
+            if producer:
+                self._load_first_weights(sW, full, weights, sRowEnd, sTileEnd, num_tiles)
+            follow_previous_kernel()
+        else:
+            if warp == 0:
+                self._prefetch(weights, sRowEnd, sTileEnd, num_tiles, num_experts, row_tiles)
+            follow_previous_kernel()
+            num_tiles = self.tiles.scan(mOffs, sRowEnd, sTileEnd, num_experts, row_tiles)
         if cutlass.const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
 
-        if warp == 4 * config.warpgroups:
-            self._produce(
-                tma_x, mX, sX, sW, full, empty, weight, sRowEnd, sTileEnd,
-                num_tiles, row_blocks, used_blocks, column_blocks,
-            )  # fmt: skip
+        if producer:
+            self._produce(tma_x, mX, sX, sW, full, empty, weights, sRowEnd, sTileEnd, num_tiles)
         else:
             self._consume(
                 sX, sW, sOut, full, empty, sRowEnd, sTileEnd,
@@ -262,43 +283,78 @@ class GroupedMmSm90:
         rank = cute.arch.make_warp_uniform(cute.arch.block_idx_in_cluster())
         return Int32(bid) // self.config.cluster, Int32(grid) // self.config.cluster, rank
 
+    def _blocks_of_tile(self, weights, expert, row_tile, rank):
+        """Address of a tile's first block of weights, and how many blocks below it there are."""
+        config = self.config
+        first = (row_tile * config.cluster + rank) * config.row_blocks
+        address = weights.address(expert, first)
+        return address, cutlass.min(cutlass.max(weights.used_blocks - first, 0), config.row_blocks)
+
     @cute.jit
-    def _prefetch(
-        self, weight, sRowEnd, sTileEnd, num_tiles,
-        num_experts, row_tiles, row_blocks, used_blocks, column_blocks,
-    ):  # fmt: skip
+    def _prefetch(self, weights, sRowEnd, sTileEnd, num_tiles, num_experts, row_tiles):
         """Bring the first tile's first stages to the L2 cache while the kernel ahead still runs.
 
         Of what that kernel writes nothing can be relied on, least of all ``offs``: a stale one
         costs some bandwidth, and the weights are read again later. Hence L2, and hence the bounds.
         """
-        config = self.config
         tile, _, rank = self._first_tile()
+        lane = cute.arch.lane_idx()
         if tile < num_tiles:
             _, expert, row_tile, _, _ = self.tiles.locate(tile, Int32(0), sRowEnd, sTileEnd)
             expert = cutlass.min(expert, num_experts - 1)
             row_tile = cutlass.max(cutlass.min(row_tile, row_tiles - 1), 0)
-            block = (row_tile * config.cluster + rank) * config.row_blocks + cute.arch.lane_idx()
-            if cute.arch.lane_idx() < config.row_blocks and block < used_blocks:
-                first = Int64(expert) * Int64(row_blocks) + Int64(block)
+            address, num_blocks = self._blocks_of_tile(weights, expert, row_tile, rank)
+            if lane < num_blocks:
+                stages = self.config.stages * self.column_blocks
                 cute.arch.inline_ptx(
                     "cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};",
                     read_only_args=[
-                        weight.toint() + first * (Int64(column_blocks) * BLOCK_BYTES),
-                        cutlass.min(column_blocks, config.stages * self.column_blocks)
-                        * BLOCK_BYTES,
+                        address + Int64(lane) * weights.block_stride,
+                        cutlass.min(weights.column_blocks, stages) * BLOCK_BYTES,
                     ],
                 )
 
     @cute.jit
-    def _produce(
-        self, tma_x, mX, sX, sW, full, empty, weight, sRowEnd, sTileEnd,
-        num_tiles, row_blocks, used_blocks, column_blocks,
-    ):  # fmt: skip
+    def _load_first_weights(self, sW, full, weights, sRowEnd, sTileEnd, num_tiles):
+        """Load the first tile's first stages of weights while the kernel ahead still runs."""
+        config = self.config
+        tile, _, rank = self._first_tile()
+        if tile < num_tiles:
+            _, expert, row_tile, _, _ = self.tiles.locate(tile, Int32(0), sRowEnd, sTileEnd)
+            address, num_blocks = self._blocks_of_tile(weights, expert, row_tile, rank)
+            for stage in cutlass.range_constexpr(config.stages):
+                column = stage * self.column_blocks
+                if column < weights.column_blocks:
+                    num_columns = self._columns_of_stage(weights, column)
+                    with cute.arch.elect_one():
+                        num_bytes = num_columns * num_blocks * BLOCK_BYTES
+                        cute.arch.mbarrier_expect_tx(full + stage, num_bytes)
+                        self._copy_stage(
+                            sW,
+                            full,
+                            weights,
+                            address,
+                            num_blocks,
+                            Int32(column),
+                            num_columns,
+                            stage,
+                        )
+
+    @cute.jit
+    def _columns_of_stage(self, weights, column):
+        """128-column blocks of the stage that starts at one."""
+        num_columns = Int32(1)
+        if cutlass.const_expr(self.config.split_k):
+            num_columns = cutlass.min(weights.column_blocks - column, self.column_blocks)
+        return num_columns
+
+    @cute.jit
+    def _produce(self, tma_x, mX, sX, sW, full, empty, weights, sRowEnd, sTileEnd, num_tiles):
         config = self.config
         tile, stride, rank = self._first_tile()
-        block_stride = Int64(column_blocks) * BLOCK_BYTES
         stage, phase, group = Int32(0), Int32(1), Int32(0)
+        # From here on, stages of the first tile whose weights are on their way already.
+        num_early = Int32(config.stages if config.early_weights else 0)
         while tile < num_tiles:
             group, expert, row_tile, first_row, _ = self.tiles.locate(
                 tile, group, sRowEnd, sTileEnd
@@ -315,30 +371,20 @@ class GroupedMmSm90:
                 cute.group_modes(sX, 0, 2),
                 cute.group_modes(gX, 0, 2),
             )
-            first_block = (row_tile * config.cluster + rank) * config.row_blocks
-            num_blocks = cutlass.min(cutlass.max(used_blocks - first_block, 0), config.row_blocks)
-            base = (
-                weight.toint()
-                + (Int64(expert) * Int64(row_blocks) + Int64(first_block)) * block_stride
-            )
-            for column in cutlass.range(0, column_blocks, self.column_blocks, unroll=1):
+            address, num_blocks = self._blocks_of_tile(weights, expert, row_tile, rank)
+            for column in cutlass.range(0, weights.column_blocks, self.column_blocks, unroll=1):
                 cute.arch.mbarrier_wait(empty + stage, phase)
-                num_columns = Int32(1)
-                if cutlass.const_expr(config.split_k):
-                    num_columns = cutlass.min(column_blocks - column, self.column_blocks)
+                num_columns = self._columns_of_stage(weights, column)
+                num_bytes = num_columns * self.x_bytes
+                if num_early == 0:
+                    num_bytes = num_bytes + num_columns * num_blocks * BLOCK_BYTES
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(
-                        full + stage,
-                        num_columns * (num_blocks * BLOCK_BYTES + self.x_bytes),
-                    )
-                    for block in cutlass.range_constexpr(config.row_blocks):
-                        if block < num_blocks:
-                            self._copy_blocks(
-                                sW + stage * self.weight_bytes + block * BLOCK_BYTES,
-                                base + block * block_stride + Int64(column) * BLOCK_BYTES,
-                                num_columns * BLOCK_BYTES,
-                                full + stage,
-                            )
+                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, num_bytes)
+                    if num_early == 0:
+                        self._copy_stage(
+                            sW, full, weights, address, num_blocks, column, num_columns, stage
+                        )
+                num_early = cutlass.max(num_early - 1, 0)
                 for box in cutlass.range_constexpr(2 * self.column_blocks):
                     if box // 2 < num_columns:
                         self._copy_x(
@@ -348,7 +394,20 @@ class GroupedMmSm90:
                             full + stage,
                         )
                 stage, phase = self._next(stage, phase)
+            num_early = Int32(0)
             tile = tile + stride
+
+    @cute.jit
+    def _copy_stage(self, sW, full, weights, address, num_blocks, column, num_columns, stage):
+        """One stage of a tile's weights, by one thread."""
+        for block in cutlass.range_constexpr(self.config.row_blocks):
+            if block < num_blocks:
+                self._copy_blocks(
+                    sW + stage * self.weight_bytes + block * BLOCK_BYTES,
+                    address + block * weights.block_stride + Int64(column) * BLOCK_BYTES,
+                    num_columns * BLOCK_BYTES,
+                    full + stage,
+                )
 
     @cute.jit
     def _copy_x(self, tma_x, source, target, barrier):

@@ -16,7 +16,7 @@ from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 from nvfp4_ops import format as nvfp4
 from nvfp4_ops.kernels.amax import global_scale_of, warps_amax
 from nvfp4_ops.kernels.blocks import BlockQuantizer, encode_scales
-from nvfp4_ops.kernels.launch.per_token import PerTokenConfig
+from nvfp4_ops.kernels.launch.per_token import MAX_WARPS, PerTokenConfig
 from nvfp4_ops.kernels.launch.tensors import CODE_BYTES, VALUE_BYTES, WARP, WORD_BYTES
 from nvfp4_ops.kernels.memory import (
     bytes_at,
@@ -28,8 +28,6 @@ from nvfp4_ops.kernels.memory import (
     follow_previous_kernel,
     store_block,
 )
-
-WARPS = 8
 
 
 class PerTokenKernel:
@@ -45,15 +43,15 @@ class PerTokenKernel:
     """
 
     def __init__(self, config: PerTokenConfig) -> None:
-        if not 0 < config.row_warps <= WARPS or WARPS % config.row_warps:
-            raise ValueError(f"row_warps: must divide {WARPS}, got {config.row_warps}")
+        if not 0 < config.row_warps <= MAX_WARPS or MAX_WARPS % config.row_warps:
+            raise ValueError(f"row_warps: must divide {MAX_WARPS}, got {config.row_warps}")
         if config.gather and not config.values:
             raise ValueError("gather: only of values")
         self.config = config
         # A block in mOut: its elements, two codes to one, and its bytes.
         self.out_size = nvfp4.BLOCK_SIZE if config.values else CODE_BYTES
         self.out_bytes = VALUE_BYTES if config.values else CODE_BYTES
-        self.rows_per_cta = WARPS // config.row_warps
+        self.rows_per_cta = config.warps // config.row_warps
         self.blocks = BlockQuantizer(config.dtype, config.activation, config.limit)
 
     @cute.jit
@@ -69,7 +67,7 @@ class PerTokenKernel:
     ):
         self.kernel(mX, mOffs, mTokenOfRow, mOut, mSf, mScale).launch(
             grid=[cute.ceil_div(Int32(mOut.shape[0]), self.rows_per_cta), 1, 1],
-            block=[WARPS * WARP, 1, 1],
+            block=[self.config.warps * WARP, 1, 1],
             stream=stream,
             use_pdl=True,
         )
@@ -110,7 +108,7 @@ class PerTokenKernel:
                 absolute = self.blocks.absolute([rWords[j, i] for j in range(num_words)])
                 amax = cute.arch.fmax(amax, self.blocks.amax(absolute), nan=True)
         # The CTA reduces together, so warps without a row take part.
-        amax = warps_amax(amax, row_warps, WARPS)
+        amax = warps_amax(amax, row_warps, self.config.warps)
         if row < num_rows:
             global_scale = Float32(1.0)
             if inside:

@@ -53,9 +53,14 @@ def padded_size(n: int, k: int, *, gated: bool = False) -> tuple[int, int]:
     return (segments * padded_segment, nvfp4.ceil_div(k, BLOCK_COLUMNS) * BLOCK_COLUMNS)
 
 
-def prepacked_shape(num_experts: int, n: int, k: int, *, gated: bool = False) -> tuple[int, ...]:
+def num_weight_blocks(n: int, k: int, *, gated: bool) -> tuple[int, int]:
+    """Blocks of 64 rows and of 128 columns of an expert."""
     padded_n, padded_k = padded_size(n, k, gated=gated)
-    row_blocks, column_blocks = padded_n // BLOCK_ROWS, padded_k // BLOCK_COLUMNS
+    return padded_n // BLOCK_ROWS, padded_k // BLOCK_COLUMNS
+
+
+def prepacked_shape(num_experts: int, n: int, k: int, *, gated: bool = False) -> tuple[int, ...]:
+    row_blocks, column_blocks = num_weight_blocks(n, k, gated=gated)
     if gated:
         return (num_experts, row_blocks // 2, 2, column_blocks, BLOCK_BYTES)
     return (num_experts, row_blocks, column_blocks, BLOCK_BYTES)

@@ -91,6 +91,9 @@ class QuantizeKernel:
         self.kernel(mX, mScale, mOffs, mTokenOfRow, mOut, mSf, col_warps).launch(
             grid=[grid_rows, grid_steps, 1],
             block=[self.config.threads, 1, 1],
+            min_blocks_per_mp=self.config.resident_ctas,
+            # The default, said aloud: else the compiler asks a driver, and there may be none.
+            preferred_smem_carveout=-1,
             stream=stream,
             use_pdl=True,
         )

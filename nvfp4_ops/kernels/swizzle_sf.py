@@ -12,7 +12,7 @@ from cutlass import Int32, Int64, Uint8, Uint32
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from nvfp4_ops import format as nvfp4
-from nvfp4_ops.kernels.launch.swizzle_sf import SwizzleConfig
+from nvfp4_ops.kernels.launch.swizzle_sf import LANES_ACROSS, SwizzleConfig
 from nvfp4_ops.kernels.launch.tensors import ROW_GROUPS, VECTOR_BYTES, WARP, WORD_BYTES
 from nvfp4_ops.kernels.memory import (
     bytes_at,
@@ -24,9 +24,6 @@ from nvfp4_ops.kernels.memory import (
 from nvfp4_ops.kernels.ragged import RaggedTiles, locate_ragged_tile, locate_tile
 
 COL_TILES_PER_LANE = VECTOR_BYTES // nvfp4.SWIZZLE_TILE_COLS
-# Four lanes side by side read 64 contiguous bytes of a row, and eight lanes below each other write
-# 128 contiguous bytes of a tile: whole sectors on both sides.
-LANES_ACROSS = 4
 LINES_PER_WARP = WARP // LANES_ACROSS
 WARPS_PER_TILE = nvfp4.SWIZZLE_LINES // LINES_PER_WARP
 
@@ -34,10 +31,11 @@ WARPS_PER_TILE = nvfp4.SWIZZLE_LINES // LINES_PER_WARP
 class SwizzleKernel:
     """swizzled[tile_row(r), c] = linear[r, c], zero elsewhere; or the inverse.
 
-    Four warps move one row tile x 16 column tiles, a lane one line of four of them: it reads up to
-    16 bytes of each of its four rows and writes four times 16 bytes (or the other way round). Pads
-    are zeroed by the same stores. Unswizzling has further CTAs for the rows of no expert. No limits
-    on sizes but ``MAX_EXPERTS`` where ragged.
+    Four warps each move one row tile x 16 column tiles, a lane one line of four of them: it reads
+    up to 16 bytes of each of its four rows and writes four times 16 bytes (or the other way round).
+    A CTA has up to four such groups side by side (``choose_threads``). Pads are zeroed by the same
+    stores. Unswizzling has further CTAs for the rows of no expert. No limits on sizes but
+    ``MAX_EXPERTS`` where ragged.
     """
 
     def __init__(self, config: SwizzleConfig) -> None:

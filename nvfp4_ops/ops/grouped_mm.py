@@ -12,6 +12,7 @@ from nvfp4_ops import format as nvfp4
 from nvfp4_ops import kernels, reference
 from nvfp4_ops.activation import Activation
 from nvfp4_ops.ops.quantize import FLOAT_DTYPES
+from nvfp4_ops.ops.swizzle import unswizzle_sf
 from nvfp4_ops.plans import Run
 from nvfp4_ops.registry import (
     check_dtype,
@@ -40,6 +41,7 @@ class _Arguments(NamedTuple):
     limit: float | None = None
     out_dtype: torch.dtype = torch.bfloat16
     num_columns: int | None = None
+    early_weights: bool = False
 
     @property
     def n(self) -> int:
@@ -117,7 +119,7 @@ def _check_operands(arguments: _Arguments) -> None:
 
 
 def _check(arguments: _Arguments, act: Activation) -> None:
-    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, _ = arguments
+    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, *_ = arguments
     check_rank("a", a, 2, "(R, K) or (R, K/2) codes")
     _check_operands(arguments)
     num_experts, n = b.shape[0], arguments.n
@@ -194,7 +196,7 @@ def _plan(*args: Any) -> Run | None:
 
 def _reference(*args: Any) -> Tensor:
     arguments = _Arguments(*args)
-    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, activation, limit, out_dtype, _ = arguments
+    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, activation, limit, out_dtype, *_ = arguments
     if sf_b is None:
         b, sf_b = kernels.unpack(b, arguments.n, arguments.k)
     return reference.grouped_scaled_mm(
@@ -213,7 +215,7 @@ def _reference(*args: Any) -> Tensor:
 
 def _plan_kernel(arguments: _Arguments, act: Activation) -> Run:
     """The GPU's kernel, after what it does not do itself."""
-    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, _ = arguments
+    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, *_ = arguments
     num_rows, n, k = a.shape[0], arguments.n, arguments.k
     packed_shape: tuple[int, ...] = b.shape
     if sf_b is not None:
@@ -238,6 +240,8 @@ def _plan_kernel(arguments: _Arguments, act: Activation) -> Run:
             bias=bias is not None,
             activation=fused.name,
             limit=fused.limit,
+            # What is packed by this very call is not complete before.
+            early_weights=arguments.early_weights and sf_b is None,
         )
 
     def run(
@@ -276,14 +280,15 @@ def _plan_kernel(arguments: _Arguments, act: Activation) -> Run:
 def _prepack(b: Tensor, sf_b: Tensor, n: int, k: int, act: Activation) -> Tensor:
     """Canonical weights, anew for every call."""
     if sf_b.ndim == 4:
-        sf_b = reference.unswizzle_sf(sf_b, (b.shape[0], n, nvfp4.num_blocks(k)))
+        sf_b = unswizzle_sf(sf_b, (b.shape[0], n, nvfp4.num_blocks(k)))
     return kernels.prepack(b, sf_b, gated=act.gated)
 
 
 _op = register(
     "grouped_scaled_mm(Tensor a, Tensor b, Tensor? sf_a, Tensor? sf_b, Tensor alpha, Tensor offs,"
     ' Tensor? row_scale=None, Tensor? bias=None, str activation="none", float? limit=None,'
-    " ScalarType out_dtype=bfloat16, SymInt? num_columns=None) -> Tensor",
+    " ScalarType out_dtype=bfloat16, SymInt? num_columns=None,"
+    " bool early_weights=False) -> Tensor",
     fake=_fake,
     kernel=_reference,
     plan=_plan,
@@ -303,6 +308,7 @@ def grouped_scaled_mm(  # noqa: PLR0913 - the equation has this many terms
     activation: Activation | str | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     num_columns: int | None = None,
+    early_weights: bool = False,
 ) -> Tensor:
     """Multiply ragged rows with the NVFP4 weight of their expert (2D x 3D).
 
@@ -332,6 +338,10 @@ def grouped_scaled_mm(  # noqa: PLR0913 - the equation has this many terms
         activation: a fused activation or its name (see ``nvfp4_ops.Activation``), or None.
         out_dtype: bf16, fp16 or fp32.
         num_columns: N, with prepacked ``b`` only, which is padded.
+        early_weights: a GPU may read ``offs`` and start to load weights while the kernel launched
+            just before this one still runs, which hides what a launch costs. ``b`` and ``offs``
+            must have been complete when that kernel started: so they are if it, or one before it,
+            waited for the kernel that wrote ``offs``, as one that permutes rows by it does.
 
     Returns:
         (R, N), or (R, N / 2) with a gated activation, of ``out_dtype``.
@@ -343,5 +353,17 @@ def grouped_scaled_mm(  # noqa: PLR0913 - the equation has this many terms
     """
     act = Activation(activation or "none") if not isinstance(activation, Activation) else activation
     return _op(
-        a, b, sf_a, sf_b, alpha, offs, row_scale, bias, act.name, act.limit, out_dtype, num_columns
+        a,
+        b,
+        sf_a,
+        sf_b,
+        alpha,
+        offs,
+        row_scale,
+        bias,
+        act.name,
+        act.limit,
+        out_dtype,
+        num_columns,
+        early_weights,
     )

@@ -16,6 +16,7 @@ from nvfp4_ops.kernels.launch.tensors import (
     why_no_rows,
 )
 
+MIN_WARPS, MAX_WARPS = 4, 8
 # Registers of a lane that hold its inputs.
 _MAX_INPUT_WORDS = 64
 
@@ -36,6 +37,11 @@ class PerTokenConfig:
     values: bool = False
     gather: bool = False
 
+    @property
+    def warps(self) -> int:
+        """Of a CTA: small ones come and go more evenly."""
+        return max(MIN_WARPS, self.row_warps)
+
 
 @cache
 def choose_config(
@@ -48,11 +54,11 @@ def choose_config(
     values: bool = False,
     gather: bool = False,
 ) -> PerTokenConfig | None:
-    """Fewest idle lanes, then two blocks a lane, over which its scales are amortised; None where
-    a row does not fit.
+    """Fewest idle lanes, then fewest warps a row: a lane's scales serve as many blocks as fit its
+    registers, and fewer warps wait for each other. None where a row does not fit.
 
     >>> [choose_config(torch.bfloat16, k).row_warps for k in (512, 2048, 2880, 7168, 16384)]
-    [1, 2, 2, 8, 8]
+    [1, 1, 2, 4, 8]
     """
     num_cols = nvfp4.num_blocks(k)
     block_words = (
@@ -66,9 +72,7 @@ def choose_config(
     ]
     if not shapes:
         return None
-    row_warps, blocks_per_lane = min(
-        shapes, key=lambda shape: (shape[0] * shape[1], abs(shape[1] - 2))
-    )
+    row_warps, blocks_per_lane = min(shapes, key=lambda shape: (shape[0] * shape[1], shape[0]))
     return PerTokenConfig(
         dtype, ragged, row_warps, blocks_per_lane, activation, limit, values, gather
     )

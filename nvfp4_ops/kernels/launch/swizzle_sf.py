@@ -15,6 +15,10 @@ from nvfp4_ops.kernels.launch.tensors import (
     tiles_view,
 )
 
+# Four lanes side by side read 64 contiguous bytes of a row, and eight lanes below each other write
+# 128 contiguous bytes of a tile: whole sectors on both sides.
+LANES_ACROSS = 4
+
 
 @dataclass(frozen=True)
 class SwizzleConfig:
@@ -23,6 +27,18 @@ class SwizzleConfig:
     row_align: Literal[1, 4, 16]
     """Bytes that divide the length and the address of each linear row: the widest access."""
     threads: int = 128
+
+
+def choose_threads(num_cols: int) -> int:
+    """Four warps for each 64 columns, up to four times: a CTA has whole rows of up to 256 bytes.
+
+    Those of a row tile are contiguous on both sides. CTAs of a part of them each come back to the
+    same pages of memory when all row tiles are through.
+
+    >>> [choose_threads(num_cols) for num_cols in (1, 64, 65, 256, 448)]
+    [128, 128, 512, 512, 512]
+    """
+    return 128 if num_cols <= LANES_ACROSS * VECTOR_BYTES else 512
 
 
 def row_alignment(linear: Tensor) -> int:
@@ -48,9 +64,10 @@ def prepare_swizzle(
     elements, contiguous.
     """
     check_num_experts(offs)
-    config = SwizzleConfig(direction, offs is not None, row_alignment(linear))
-    compiled = get_compiled(config)
     rows_per_expert, num_columns = linear.shape[-2:]
+    threads = choose_threads(num_columns)
+    config = SwizzleConfig(direction, offs is not None, row_alignment(linear), threads)
+    compiled = get_compiled(config)
 
     def launch(linear: Tensor, swizzled: Tensor, offs: Tensor | None) -> None:
         rows = linear.view(torch.uint8)
