@@ -1,6 +1,8 @@
 """Plans of eager calls: found for calls that are alike, and for no others."""
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import cache
@@ -332,6 +334,17 @@ def test_planned_layer_computes_with_its_own_weights(monkeypatch: pytest.MonkeyP
             weights = [projection.weight for projection in moe.projections().values()]
             assert seen == [weight.data_ptr() for weight in weights]
             seen.clear()
+
+
+def test_plans_keep_no_tensor_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, inputs = make_layer("per_token", bias=True), routing()
+    pretend_gpu.pretend(monkeypatch)
+    alive = [weakref.ref(tensor) for tensor in (*inputs, *moe.buffers(), moe(*inputs))]
+    assert len(alive) > 8
+    moe(*inputs)
+    del moe, inputs
+    gc.collect()
+    assert not [ref for ref in alive if ref() is not None]
 
 
 def test_layer_runs_the_hooks_of_its_projections(monkeypatch: pytest.MonkeyPatch) -> None:

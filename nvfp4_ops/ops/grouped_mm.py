@@ -1,6 +1,7 @@
 """grouped_scaled_mm: ragged rows times the NVFP4 weight of their expert."""
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -191,6 +192,9 @@ def _plan(*args: Any) -> Run | None:
     if reason is not None:
         _warn_of_reference(reason)
         return None
+    if a.shape[0] == 0:
+        shape, out_dtype = _shape(arguments, act), arguments.out_dtype
+        return lambda a, *_: a.new_empty(*shape, dtype=out_dtype)
     return _plan_kernel(arguments, act)
 
 
@@ -222,27 +226,24 @@ def _plan_kernel(arguments: _Arguments, act: Activation) -> Run:
         packed_shape = kernels.prepacked_shape(b.shape[0], n, k, gated=act.gated)
     # A gated activation is fused where its weights are prepacked for it, others always.
     fused = act if len(packed_shape) == kernels.GATED_RANK or not act.gated else Activation()
-    columns = n // 2 if fused.gated else n
     is_complete = fused == act
+    out_shape = (num_rows, n // 2 if fused.gated else n)
     mm_dtype = out_dtype if is_complete else torch.float32
-    decode = launch = None
-    if num_rows > 0:
-        if sf_a is not None:
-            decode = kernels.prepare_dequantize(a, sf_a, None, offs, torch.bfloat16)
-        launch = kernels.prepare_grouped_mm(
-            num_rows,
-            packed_shape,
-            alpha.shape,
-            columns,
-            a.device,
-            out_fp32=mm_dtype == torch.float32,
-            row_scale=row_scale is not None,
-            bias=bias is not None,
-            activation=fused.name,
-            limit=fused.limit,
-            # What is packed by this very call is not complete before.
-            early_weights=arguments.early_weights and sf_b is None,
-        )
+    rows_of = _plan_rows(a, sf_a, offs, k)
+    launch = kernels.prepare_grouped_mm(
+        num_rows,
+        packed_shape,
+        alpha.shape,
+        out_shape[1],
+        a.device,
+        out_fp32=mm_dtype == torch.float32,
+        row_scale=row_scale is not None,
+        bias=bias is not None,
+        activation=fused.name,
+        limit=fused.limit,
+        # What is packed by this very call is not complete before.
+        early_weights=arguments.early_weights and sf_b is None,
+    )
 
     def run(
         a: Tensor,
@@ -255,26 +256,38 @@ def _plan_kernel(arguments: _Arguments, act: Activation) -> Run:
         bias: Tensor | None = None,
         *_: object,
     ) -> Tensor:
-        if decode is not None:
-            # Every e2m1 * e4m3 product is exact in bf16.
-            rows = a.new_empty(num_rows, k, dtype=torch.bfloat16)
-            decode(a, sf_a, None, offs, rows)
-            a = rows
-        out = a.new_empty(num_rows, columns, dtype=mm_dtype)
-        if launch is not None:
-            launch(
-                a.contiguous(),
-                b if sf_b is None else _prepack(b, sf_b, n, k, act),
-                offs,
-                alpha.contiguous(),
-                None if row_scale is None else row_scale.reshape(-1),
-                None if bias is None else bias.float().contiguous(),
-                out,
-            )
+        out = a.new_empty(*out_shape, dtype=mm_dtype)
+        launch(
+            rows_of(a, sf_a, offs),
+            b if sf_b is None else _prepack(b, sf_b, n, k, act),
+            offs,
+            alpha.contiguous(),
+            None if row_scale is None else row_scale.reshape(-1),
+            None if bias is None else bias.float().contiguous(),
+            out,
+        )
         # The activation sees the unrounded sums, as the contract says.
         return out if is_complete else activations.apply(act, out).to(out_dtype)
 
     return run
+
+
+def _plan_rows(
+    a: Tensor, sf_a: Tensor | None, offs: Tensor, k: int
+) -> Callable[[Tensor, Tensor | None, Tensor], Tensor]:
+    """From a and sf_a to the rows that the kernel multiplies."""
+    if sf_a is None:
+        return lambda a, sf_a, offs: a.contiguous()
+    shape = (a.shape[0], k)
+    launch = kernels.prepare_dequantize(a, sf_a, None, offs, torch.bfloat16)
+
+    def decode(a: Tensor, sf_a: Tensor | None, offs: Tensor) -> Tensor:
+        # Every e2m1 * e4m3 product is exact in bf16.
+        rows = a.new_empty(*shape, dtype=torch.bfloat16)
+        launch(a, sf_a, None, offs, rows)
+        return rows
+
+    return decode
 
 
 def _prepack(b: Tensor, sf_b: Tensor, n: int, k: int, act: Activation) -> Tensor:
