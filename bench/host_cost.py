@@ -3,7 +3,8 @@
     python -m bench.host_cost [--out DIR]
 
 The GPU has little to do and is not waited for inside the timed loop, so that only the host's own
-work is timed: dispatch, checks, allocation, launch. Median of batches of calls.
+work is timed: look-up, allocation, launch. Median of batches of calls. The last column is what a
+call of a new kind costs, which nothing is known of yet: checks and the choice of a kernel besides.
 """
 
 import statistics
@@ -16,7 +17,7 @@ import torch
 
 import nvfp4_ops
 from bench.report import Report, parse_out
-from nvfp4_ops import NVFP4MoE
+from nvfp4_ops import NVFP4MoE, plans
 
 TOKENS, TOP_K, EXPERTS, HIDDEN, INTERMEDIATE = 4, 2, 8, 256, 256
 BATCHES = 25
@@ -28,12 +29,13 @@ OP_TARGET_US, LAYER_TARGET_US = 10.0, 60.0
 
 @dataclass(frozen=True)
 class Result:
-    """Microseconds of a call as written, and inside ``torch.inference_mode``."""
+    """Microseconds of a call as written, inside ``torch.inference_mode``, and without plans."""
 
     call: str
     time_us: float
     inference_mode_us: float
     target_us: float
+    unplanned_us: float
 
 
 def host_time_us(
@@ -110,11 +112,13 @@ def make_layers(device: str) -> dict[str, Callable[[], object]]:
 
 def measure(
     call: Callable[[], object], calls_per_batch: int, synchronize: Callable[[], object]
-) -> tuple[float, float]:
-    """As written, and in inference mode."""
+) -> tuple[float, float, float]:
+    """As written, in inference mode, and without plans."""
     plain = host_time_us(call, calls_per_batch, synchronize)
     with torch.inference_mode():
-        return plain, host_time_us(call, calls_per_batch, synchronize)
+        inference = host_time_us(call, calls_per_batch, synchronize)
+    with plans.suspended():
+        return plain, inference, host_time_us(call, calls_per_batch, synchronize)
 
 
 def main() -> None:
@@ -124,7 +128,7 @@ def main() -> None:
     report = Report(
         "host_cost",
         {"tokens": TOKENS, "experts": EXPERTS, "hidden": HIDDEN},
-        "call | us | us in inference mode | target us",
+        "call | us | us in inference mode | target us | us without plans",
     )
     calls = make_calls("cuda")
     for target, launches, group in (
@@ -133,9 +137,10 @@ def main() -> None:
     ):
         for name, call in group.items():
             times = measure(call, LAUNCHES_PER_BATCH // launches, torch.cuda.synchronize)
-            plain, inference = (round(us, 2) for us in times)
+            plain, inference, unplanned = (round(us, 2) for us in times)
             report.add(
-                Result(name, plain, inference, target), f"{name} | {plain} | {inference} | {target}"
+                Result(name, plain, inference, target, unplanned),
+                f"{name} | {plain} | {inference} | {target} | {unplanned}",
             )
     report.write(out)
 

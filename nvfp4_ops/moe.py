@@ -12,13 +12,15 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from nvfp4_ops import format as nvfp4
 from nvfp4_ops.activation import Activation
 from nvfp4_ops.calibration import AmaxObserver
 from nvfp4_ops.operand import ActivationScale, check_activation_scale, make_operand
+from nvfp4_ops.plans import Plans, record
 from nvfp4_ops.projection import ExpertProjection
-from nvfp4_ops.registry import check_shape
+from nvfp4_ops.registry import check_shape, is_plain, is_planned
 from nvfp4_ops.routing import combine, sort_by_expert
 from nvfp4_ops.weight import quantize_weight
 
@@ -32,6 +34,8 @@ _FUSED = {
     ("swiglu_oai", True): "swiglu_oai",
 }
 _NO_ACTIVATION = Activation()
+_PLANS = Plans(num_tensors=15)
+"""Of all layers: x, index and weights, and the state of both projections."""
 
 
 class NVFP4MoE(nn.Module):
@@ -253,7 +257,7 @@ class NVFP4MoE(nn.Module):
                 f"hidden_states: last dimension must be {self.hidden_size}, "
                 f"got shape {tuple(hidden_states.shape)}"
             )
-        x_TD = hidden_states.reshape(-1, self.hidden_size)
+        x_TD = _as_rows(hidden_states)
         if top_k_index is None and top_k_weights is None:
             if self.router is None:
                 raise ValueError("top_k_index, top_k_weights: must be given, there is no router")
@@ -265,13 +269,44 @@ class NVFP4MoE(nn.Module):
                 raise ValueError(
                     f"top_k_index: must be (..., top_k), top_k > 0, got {tuple(top_k_index.shape)}"
                 )
-            index_TK = top_k_index.reshape(-1, top_k_index.shape[-1])
-            weights_TK = top_k_weights.reshape(-1, top_k_weights.shape[-1])
+            index_TK, weights_TK = _as_rows(top_k_index), _as_rows(top_k_weights)
         if index_TK.shape[0] != x_TD.shape[0]:
             raise ValueError(
                 f"top_k_index: must have a row for each of the {x_TD.shape[0]} tokens, "
                 f"got {index_TK.shape[0]}"
             )
+        out_TD = self._run_experts(x_TD, index_TK, weights_TK)
+        return out_TD if hidden_states.ndim == 2 else out_TD.reshape(hidden_states.shape)
+
+    def _run_experts(self, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The flow; on a GPU by one plan of the whole of it, which costs the host half."""
+        if torch.compiler.is_compiling() or not x_TD.is_cuda or not self._may_plan():
+            return self._flow(x_TD, index_TK, weights_TK)
+        first, down, act = self.first_proj, self.down_proj, self._fused
+        kind = (self._activation_scale, act.name, act.limit, self.num_experts, first.num_rows)
+        inputs = (x_TD, index_TK, weights_TK, *first.state(), *down.state(), kind)
+        run = _PLANS.find(inputs)
+        if run is not None:
+            return run(*inputs)
+        with record() as recording:
+            out_TD = self._flow(x_TD, index_TK, weights_TK)
+        run = None if recording is None else recording.plan(inputs, out_TD)
+        if run is not None and is_plain(inputs):
+            _PLANS.keep(inputs, run)
+        return out_TD
+
+    def _may_plan(self) -> bool:
+        """Whether there are only ops to run: nobody watches, nothing of the user's is called."""
+        return (
+            is_planned()
+            and self._observer is None
+            and isinstance(self.activation, str)
+            and not _has_any_global_hook()
+            and not _has_hooks(self.first_proj)
+            and not _has_hooks(self.down_proj)
+        )
+
+    def _flow(self, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         offs_E, token_of_row_R, row_of_slot_TK = sort_by_expert(index_TK, self.num_experts)
         first, down = self.first_proj, self.down_proj
         mode = self._activation_scale
@@ -286,7 +321,7 @@ class NVFP4MoE(nn.Module):
             self._observer.observe(x_TD, hidden_RF, offs_E)
         hidden = make_operand(down, hidden_RF, mode, offs_E)
         out_RD = down(*hidden, offs_E, _NO_ACTIVATION, x_TD.dtype, early_weights=True)
-        return combine(out_RD, row_of_slot_TK, weights_TK).reshape(hidden_states.shape)
+        return combine(out_RD, row_of_slot_TK, weights_TK)
 
     def extra_repr(self) -> str:
         activation = self.activation if isinstance(self.activation, str) else "callable"
@@ -295,6 +330,16 @@ class NVFP4MoE(nn.Module):
             f"num_experts={self.num_experts}, activation={activation}, gated={self.gated}, "
             f"activation_scale={self.activation_scale}"
         )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """(..., N) as (rows, N)."""
+    # A reshape that changes nothing costs the host as much as a launch.
+    return x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
 
 
 def _fused_activation(

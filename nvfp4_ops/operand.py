@@ -5,9 +5,11 @@ For NVFP4MoE and NVFP4Linear. Not for weights.
 
 from typing import Literal, NamedTuple, get_args
 
+import torch
 from torch import Tensor
 
 from nvfp4_ops.ops import global_scale, round_nvfp4, round_per_token_nvfp4
+from nvfp4_ops.plans import step
 from nvfp4_ops.projection import ExpertProjection
 from nvfp4_ops.routing import permute
 
@@ -60,5 +62,5 @@ def make_operand(
         assert alpha is not None
     else:
         scale = global_scale(x)
-        alpha = projection.weight_scale_2 * scale
+        alpha = step(torch.mul, projection.weight_scale_2, scale)
     return Operand(round_nvfp4(x, scale, offs_E, token_of_row=token_of_row_R), alpha)

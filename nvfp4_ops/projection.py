@@ -12,6 +12,8 @@ from nvfp4_ops.activation import Activation
 from nvfp4_ops.ops import grouped_scaled_mm, prepack_weight
 from nvfp4_ops.weight import NVFP4Weight
 
+_STATE = ("weight", "weight_scale", "weight_scale_2", "static_scale", "static_alpha", "bias")
+
 
 class ExpertProjection(nn.Module):
     """Weights (E, N, K) in NVFP4, in the canonical layout and with ModelOpt's names.
@@ -104,20 +106,27 @@ class ExpertProjection(nn.Module):
         early_weights: bool = False,
     ) -> Tensor:
         """Float rows times each one's expert; alpha as ``weight_scale_2``, which it includes."""
+        weight, block_scale = self.weight, self.weight_scale
         return grouped_scaled_mm(
             rows_RK,
-            self.weight,
+            weight,
             None,
-            self.weight_scale,
+            block_scale,
             alpha,
             offs_E,
             row_scale=row_scale_R1,
             bias=self.bias,
             activation=activation,
             out_dtype=out_dtype,
-            num_columns=self.num_rows if self.prepacked else None,
+            num_columns=self.num_rows if block_scale is None else None,
             early_weights=early_weights,
         )
+
+    def state(self) -> tuple[Any, ...]:
+        """All that ``forward`` and ``make_operand`` take from here: six tensors or None."""
+        # Not by nn.Module's look-up, which takes a microsecond of host time for each.
+        get = self._buffers.__getitem__
+        return tuple(map(get, _STATE))
 
     @property
     def prepacked(self) -> bool:

@@ -3,7 +3,8 @@
 ``torch.library.Library`` is used directly rather than ``custom_op``, whose wrapper costs tens of
 microseconds a call. A kernel and the fake kernel of an op call the same check and the same shape
 function, so a traced graph and a run can not disagree. Decoding calls a dozen ops a layer for
-microseconds of GPU work each: what a call of plain tensors does not need, it does not pay.
+microseconds of GPU work each: what a call of plain tensors does not need, it does not pay, and what
+an earlier one like it has found out (``plans``) it does not ask again.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,6 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch.autograd import _profiler_enabled
+
+from nvfp4_ops import plans as plans_module
+from nvfp4_ops.plans import Plans, Run
 
 NAMESPACE = "nvfp4_ops"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -20,18 +26,32 @@ _OPS: list[str] = []
 
 
 def register(
-    schema: str, *, fake: Callable[..., Any], kernel: Callable[..., Any]
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    kernel: Callable[..., Any],
+    plan: Callable[..., Run | None] | None = None,
 ) -> Callable[..., Any]:
     """Define the op of ``schema`` and return a function that calls it.
 
     schema: ``name(args) -> returns`` in PyTorch's schema language, functional.
     fake: checks its arguments and returns empty outputs.
-    kernel: checks its arguments and computes; serves every device type.
+    kernel: computes, on every device type; checks its arguments unless there is a plan.
+    plan: checks its arguments and returns what computes them, and any that differ in their memory
+        alone, by GPU kernels; None where ``kernel`` does it. Needs a schema with tensors first.
     """
     name = schema[: schema.index("(")]
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+    plans = None if plan is None else Plans(_num_leading_tensors(overload), plan)
+
+    def planned(*args: Any) -> Any:
+        assert plans is not None
+        run = plans.find(args) or plans.make(args)
+        return kernel(*args) if run is None else run(*args)
+
     for device_type in DEVICE_TYPES:
-        _LIBRARY.impl(name, kernel, device_type)
+        _LIBRARY.impl(name, kernel if plans is None else planned, device_type)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
 
     def backward(*_: Any) -> None:
@@ -42,18 +62,39 @@ def register(
 
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, lib=_LIBRARY)
     _OPS.append(name)
-    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
-    below_autograd = torch._C._AutoDispatchBelowAutograd
 
-    def call(*args: Any) -> Any:
+    def dispatch(*args: Any) -> Any:
         # Autograd's kernel is Python and half of what a call costs; it has nothing to say of
         # arguments without gradients.
-        if torch.compiler.is_compiling() or _needs_gradient(args):
+        if _needs_gradient(args):
             return overload(*args)
-        with below_autograd():
+        with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
 
+    def call(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return overload(*args)
+        run = None
+        if plans is not None and is_planned():
+            run = plans.find(args)
+            if run is None and is_plain(args):
+                run = plans.make(args)
+        function = dispatch if run is None else run
+        if plans_module.recording is None:
+            return function(*args)
+        return plans_module.recording.run(function, args, is_plan=run is not None)
+
     return call
+
+
+def is_planned() -> bool:
+    """Whether calls may use plans now."""
+    # A profiler shows what is dispatched, a function mode wants to be asked.
+    return not (_profiler_enabled() or _len_torch_function_stack())
+
+
+def _num_leading_tensors(overload: torch._ops.OpOverload) -> int:
+    return sum("Tensor" in str(argument.type) for argument in overload._schema.arguments)
 
 
 def _needs_gradient(args: tuple[Any, ...]) -> bool:
@@ -62,6 +103,25 @@ def _needs_gradient(args: tuple[Any, ...]) -> bool:
             if isinstance(arg, Tensor) and arg.requires_grad:
                 return True
     return False
+
+
+def is_plain(args: tuple[Any, ...]) -> bool:
+    """Whether all that the dispatcher would do with a GPU's tensors is to call the kernel."""
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    return (
+        len(tensors) > 0
+        and _len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch._C._get_tracing_state() is None
+        and not _needs_gradient(args)
+        and all(
+            type(tensor) in (Tensor, torch.nn.Parameter)
+            and tensor.is_cuda
+            and tensor.layout is torch.strided
+            and not (tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor())
+            for tensor in tensors
+        )
+    )
 
 
 def registered_ops() -> Sequence[str]:

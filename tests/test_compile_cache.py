@@ -5,6 +5,7 @@ import enum
 import functools
 import importlib.util
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvfp4_ops.kernels import compile_cache
+from nvfp4_ops.kernels import compile_cache, machine_code
 
 pytestmark = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("cutlass", "tvm_ffi")),
@@ -145,6 +146,41 @@ def test_compile_cache_new_process_loads_what_this_one_built() -> None:
     """It needs no GPU for that, up to the first launch."""
     get(Build())
     in_new_process("t.assert_is_fill(t.get(t.must_not_build))")
+
+
+ELF_TYPE, OBJECT, SHARED_LIBRARY = 16, 1, 3
+
+
+def code_of(entry: Path) -> bytes:
+    return entry.read_bytes().split(b"\n", 2)[2]
+
+
+@pytest.mark.skipif(shutil.which("ld") is None, reason="needs a linker")
+def test_compile_cache_new_process_does_not_import_the_dsl(directory: Path) -> None:
+    get(Build())
+    assert code_of(only_entry(directory))[ELF_TYPE] == SHARED_LIBRARY
+    check = "t.get(t.must_not_build); assert 'cutlass' not in sys.modules"
+    in_new_process(check)
+
+
+@pytest.mark.parametrize("linker", [None, shutil.which("false")])
+def test_compile_cache_keeps_an_object_where_nothing_links(
+    linker: str | None, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine_code.shutil, "which", lambda name: linker)
+    assert_is_fill(get(Build()))
+    assert code_of(only_entry(directory))[ELF_TYPE] == OBJECT
+    compile_cache.clear_memory()
+    assert_is_fill(get(must_not_build))
+
+
+def test_compile_cache_keeps_loaded_kernels_apart() -> None:
+    """The system's loader takes a library it has seen under the same path for the same."""
+    kernels = [get(Build(), Config(rows)) for rows in range(1, 9)]
+    assert len(set(map(id, kernels))) == 8
+    compile_cache.clear_memory()
+    for rows in range(1, 9):
+        assert_is_fill(get(must_not_build, Config(rows)))
 
 
 def test_compile_cache_same_call_whether_built_or_loaded() -> None:

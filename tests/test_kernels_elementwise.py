@@ -34,10 +34,16 @@ from cutlass.cute.runtime import from_dlpack
 
 from nvfp4_ops.kernels import amax, decode, per_token
 from nvfp4_ops.kernels import quantize_rows as quantize
-from nvfp4_ops.kernels.amax import AmaxConfig
-from nvfp4_ops.kernels.decode import DecodeConfig
-from nvfp4_ops.kernels.per_token import PerTokenConfig
-from nvfp4_ops.kernels.quantize_rows import QuantizeConfig
+from nvfp4_ops.kernels.launch.amax import VECTORS_PER_LANE, AmaxConfig
+from nvfp4_ops.kernels.launch.decode import (
+    RESIDENT_CTAS,
+    THREADS,
+    DecodeConfig,
+    prepare_decode,
+)
+from nvfp4_ops.kernels.launch.per_token import PerTokenConfig
+from nvfp4_ops.kernels.launch.per_token import choose_config as choose_per_token
+from nvfp4_ops.kernels.launch.quantize_rows import QuantizeConfig
 
 BF16, FP16, FP32 = DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -72,13 +78,13 @@ ACTIVATED_CONFIGS = [
 ]
 
 PER_TOKEN_CONFIGS = [
-    per_token.choose_config(BF16, 2048),
-    per_token.choose_config(FP16, 16384, ragged=True),
-    per_token.choose_config(FP32, 16384),
-    per_token.choose_config(BF16, 16384, ragged=True, activation="silu_mul"),
-    per_token.choose_config(FP32, 8192, activation="swiglu_oai", limit=7.0),
+    choose_per_token(BF16, 2048),
+    choose_per_token(FP16, 16384, ragged=True),
+    choose_per_token(FP32, 16384),
+    choose_per_token(BF16, 16384, ragged=True, activation="silu_mul"),
+    choose_per_token(FP32, 8192, activation="swiglu_oai", limit=7.0),
     *(
-        per_token.choose_config(dtype, k, ragged=not gather, values=True, gather=gather)
+        choose_per_token(dtype, k, ragged=not gather, values=True, gather=gather)
         for dtype in DTYPES
         for k in (768, 7168, 16384)
         for gather in (False, True)
@@ -107,11 +113,11 @@ def test_kernels_compile_without_a_stack(config: Any, tmp_path: Path) -> None:
     assert "div.full" not in ptx
     assert_follows_previous_kernel(ptx)
     if isinstance(config, AmaxConfig):
-        assert ptx.count("ld.global.v4") == amax.VECTORS_PER_LANE
+        assert ptx.count("ld.global.v4") == VECTORS_PER_LANE
         assert ptx.count("div.rn.f32") == (config.of == "row")
     elif isinstance(config, DecodeConfig):
         assert "fma" not in ptx
-        assert registers * decode.THREADS * decode.RESIDENT_CTAS <= 1 << 16
+        assert registers * THREADS * RESIDENT_CTAS <= 1 << 16
     elif isinstance(config, QuantizeConfig):
         assert registers * config.threads * config.resident_ctas <= 1 << 16
 
@@ -121,13 +127,13 @@ def test_kernels_compile_without_a_stack(config: Any, tmp_path: Path) -> None:
 def test_per_token_config_holds_the_row(dtype: torch.dtype, activation: str) -> None:
     limit = 8192 if dtype == FP32 and activation == "silu_mul" else 16384
     for k in (16, 512, 768, 2048, 2880, 4096, 7168, limit):
-        config = per_token.choose_config(dtype, k, activation=activation)
+        config = choose_per_token(dtype, k, activation=activation)
         assert config is not None
         num_blocks = 32 * config.row_warps * config.blocks_per_lane
         assert k <= 16 * num_blocks
         # Not more idle lanes than the next smaller power of two would have.
         assert num_blocks < 2 * max(k // 16, 32)
-    assert per_token.choose_config(dtype, limit + 16, activation=activation) is None
+    assert choose_per_token(dtype, limit + 16, activation=activation) is None
 
 
 def test_kernel_configs_are_checked() -> None:
@@ -294,14 +300,8 @@ def test_decode_kernel_is_exact_in_bf16(num_experts: int) -> None:
     sf.view(torch.uint8)[offs[-1] :] = 0x7F
     for scales in (sf, reference.swizzle_sf(sf, offs)):
         out = poisoned((300, 4128)).view(BF16)
-        decode.launch_decode(
-            codes=codes.cuda(),
-            block_scale=scales.cuda(),
-            global_scale=None,
-            offs=offs.cuda(),
-            out=out,
-            get_compiled=get_compiled,
-        )
+        args = (codes.cuda(), scales.cuda(), None, offs.cuda())
+        prepare_decode(*args, BF16, get_compiled)(*args, out)
         assert_same_values(out, expected)
 
 

@@ -26,7 +26,11 @@ from kernel_checks import frames_and_registers
 
 from nvfp4_ops.kernels import prepack_kernel_sm90 as kernel
 from nvfp4_ops.kernels import prepack_sm90
-from nvfp4_ops.kernels.prepack_kernel_sm90 import PrepackConfig
+from nvfp4_ops.kernels.launch.prepack_kernel_sm90 import (
+    PrepackConfig,
+    launch_prepack,
+    launch_unpack,
+)
 
 CONFIGS = [
     PrepackConfig(direction, gated, sf_words)
@@ -189,13 +193,13 @@ def test_prepack_kernels_equal_the_reference(shape: tuple[int, int, int], gated:
     codes, sf = weights(*shape)
     expected = prepack_sm90.prepack(codes, sf, gated=gated)
     packed = torch.full_like(expected, 0xAA, device="cuda")
-    kernel.launch_prepack(
+    launch_prepack(
         codes=codes.cuda(), block_scale=sf.cuda(), packed=packed, get_compiled=get_compiled
     )
     assert_bytes_equal(packed.cpu(), expected)
     back, back_sf = torch.full_like(codes, 0xAA, device="cuda"), sf.cuda()
     back_sf.view(torch.uint8).fill_(0xAA)
-    kernel.launch_unpack(packed=packed, codes=back, block_scale=back_sf, get_compiled=get_compiled)
+    launch_unpack(packed=packed, codes=back, block_scale=back_sf, get_compiled=get_compiled)
     expected_codes, expected_sf = prepack_sm90.unpack(expected, n, k)
     assert_bytes_equal(back.cpu(), expected_codes)
     assert_bytes_equal(back_sf.cpu().view(torch.uint8), expected_sf.view(torch.uint8))

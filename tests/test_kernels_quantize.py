@@ -40,8 +40,15 @@ from cutlass.cute.runtime import from_dlpack
 from nvfp4_ops.kernels import blocks
 from nvfp4_ops.kernels import quantize_rows as quantize
 from nvfp4_ops.kernels import swizzle_sf as swizzle
-from nvfp4_ops.kernels.quantize_rows import QuantizeConfig
-from nvfp4_ops.kernels.swizzle_sf import SwizzleConfig
+from nvfp4_ops.kernels.launch.quantize_rows import (
+    WAVES,
+    QuantizeConfig,
+    choose_col_warps,
+    choose_grid,
+    prepare_quantize,
+    prepare_round,
+)
+from nvfp4_ops.kernels.launch.swizzle_sf import SwizzleConfig, prepare_swizzle
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -152,7 +159,7 @@ def test_quantize_config_needs_offs_for_a_scale_per_expert() -> None:
 @pytest.mark.parametrize("warps", [1, 4, 8])
 @pytest.mark.parametrize("cols", [1, 4, 8, 16, 17, 48, 128, 180, 448])
 def test_quantize_col_warps_waste_the_fewest_columns(cols: int, warps: int) -> None:
-    chosen = quantize.choose_col_warps(cols, warps)
+    chosen = choose_col_warps(cols, warps)
     assert warps % chosen == 0
     covered = {
         width: nvfp4.ceil_div(cols, width * quantize.SWIZZLED_COLS) * width
@@ -173,7 +180,7 @@ def test_quantize_grid_covers_every_block_once(
     """The kernel's index arithmetic, of CTA, warp and lane, in integers on the host."""
     config = QuantizeConfig(torch.bfloat16, "tensor", swizzled, ragged)
     row_tiles = nvfp4.swizzled_shape((rows, cols), 3 if ragged else None)[0]
-    grid_rows, grid_steps, col_warps = quantize.choose_grid(config, rows, cols, row_tiles, 132)
+    grid_rows, grid_steps, col_warps = choose_grid(config, rows, cols, row_tiles, 132)
     warps = config.threads // 32
     assert warps % col_warps == 0
     lanes = quantize.SWIZZLED_LANES if swizzled else quantize.LINEAR_LANES
@@ -193,7 +200,7 @@ def test_quantize_grid_covers_every_block_once(
         units = row_tiles * nvfp4.SWIZZLE_LINES if swizzled else rows
         assert 0 <= grid_rows * (warps // col_warps) - units < warps // col_warps
     else:
-        assert grid_rows * grid_steps <= quantize.WAVES * config.resident_ctas * 132
+        assert grid_rows * grid_steps <= WAVES * config.resident_ctas * 132
 
 
 @cute.jit
@@ -301,14 +308,10 @@ def check_quantize(
     for swizzled in (False, True):
         codes, sf = reference.quantize_nvfp4(x, scale, offs, swizzled)
         codes_cuda, sf_cuda = poisoned(codes.shape), poisoned(sf.shape)
-        quantize.launch_quantize(
-            x=x_cuda,
-            global_scale=scale.cuda(),
-            offs=offs_cuda,
-            codes=codes_cuda,
-            block_scale=sf_cuda.view(torch.float8_e4m3fn),
-            get_compiled=get_compiled,
-        )
+        args = (x_cuda, scale.cuda(), offs_cuda)
+        row_tiles = sf.shape[0] if swizzled else None
+        launch = prepare_quantize(*args, get_compiled, row_tiles=row_tiles)
+        launch(*args, codes_cuda, sf_cuda.view(torch.float8_e4m3fn))
         assert torch.equal(codes_cuda.cpu(), codes), (swizzled, num_experts)
         assert torch.equal(sf_cuda.cpu(), sf.view(torch.uint8)), (swizzled, num_experts)
 
@@ -342,14 +345,8 @@ def assert_same_values(actual: torch.Tensor, expected: torch.Tensor) -> None:
 def check_round(x: torch.Tensor, scale: torch.Tensor, offs: torch.Tensor | None) -> None:
     offs_cuda = None if offs is None else offs.cuda()
     out = poisoned((x.shape[0], 2 * x.shape[1])).view(torch.bfloat16)
-    quantize.launch_round(
-        x=x.cuda(),
-        global_scale=scale.cuda(),
-        offs=offs_cuda,
-        token_of_row=None,
-        out=out,
-        get_compiled=get_compiled,
-    )
+    args = (x.cuda(), scale.cuda(), offs_cuda, None)
+    prepare_round(*args, get_compiled)(*args, out)
     assert_same_values(out, reference.round_nvfp4(x, scale, offs))
 
 
@@ -494,14 +491,14 @@ def test_swizzle_kernel_gives_the_bytes_of_the_reference(rows: int, columns: int
         offs_cuda = None if offs is None else offs.cuda()
         expected = reference.swizzle_sf(scales, offs)
         swizzled = poisoned(expected.shape)
-        swizzle.launch_swizzle(
-            sf=scales.cuda(), offs=offs_cuda, swizzled=swizzled, get_compiled=get_compiled
-        )
+        if expected.numel() == 0:
+            continue
+        launch = prepare_swizzle("swizzle", scales.cuda(), offs_cuda, get_compiled)
+        launch(scales.cuda(), swizzled, offs_cuda)
         assert torch.equal(swizzled.cpu(), expected.view(torch.uint8))
         back = poisoned(linear.shape)
-        swizzle.launch_unswizzle(
-            swizzled=swizzled, offs=offs_cuda, sf=back, get_compiled=get_compiled
-        )
+        launch = prepare_swizzle("unswizzle", back, offs_cuda, get_compiled)
+        launch(back, swizzled, offs_cuda)
         wanted = reference.unswizzle_sf(expected, tuple(linear.shape), offs)
         assert torch.equal(back.cpu(), wanted.view(torch.uint8))
 
@@ -514,17 +511,12 @@ def test_kernels_replay_in_a_cuda_graph_with_new_offs() -> None:
     codes, sf = poisoned((300, 128)), poisoned(shape)
     scale = torch.tensor(0.01)
 
-    def launch() -> None:
-        quantize.launch_quantize(
-            x=static_x,
-            global_scale=scale_cuda,
-            offs=offs,
-            codes=codes,
-            block_scale=sf,
-            get_compiled=get_compiled,
-        )
-
     scale_cuda = scale.cuda()
+    prepared = prepare_quantize(static_x, scale_cuda, offs, get_compiled, row_tiles=shape[0])
+
+    def launch() -> None:
+        prepared(static_x, scale_cuda, offs, codes, sf)
+
     launch()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -24,9 +24,9 @@ from kernel_checks import frames_and_registers
 from ptx_machine import Kernel, Memory
 
 from nvfp4_ops.kernels import combine_rows, permute_rows, sort_slots
-from nvfp4_ops.kernels.combine_rows import CombineConfig
-from nvfp4_ops.kernels.permute_rows import PermuteConfig
-from nvfp4_ops.kernels.sort_slots import SortConfig
+from nvfp4_ops.kernels.launch.combine_rows import CombineConfig
+from nvfp4_ops.kernels.launch.permute_rows import PermuteConfig
+from nvfp4_ops.kernels.launch.sort_slots import SortConfig, choose_configs
 
 without_gpu = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the GPU tests compile and run them"
@@ -138,7 +138,7 @@ def test_routing_configs_reject(make: Callable[[], Any], message: str) -> None:
 def test_sort_takes_one_kernel_where_decoding_waits(
     num_slots: int, num_experts: int, expected: list[tuple[str, int, int]]
 ) -> None:
-    configs = sort_slots.choose_configs(num_slots, num_experts, torch.int64)
+    configs = choose_configs(num_slots, num_experts, torch.int64)
     assert [(c.stage, c.max_experts, c.num_slots) for c in configs] == expected
 
 
@@ -240,7 +240,7 @@ def test_sort_ptx_in_one_cta_gives_the_bytes_of_the_reference(
 ) -> None:
     index = indices(tokens, top_k, num_experts, kind)
     for dtype in INDEX_DTYPES:
-        configs = sort_slots.choose_configs(index.numel(), num_experts, dtype)
+        configs = choose_configs(index.numel(), num_experts, dtype)
         assert len(configs) == 1
         sort_on_ptx(run_ptx, index.to(dtype), num_experts, configs)
 
@@ -269,7 +269,7 @@ def test_sort_ptx_drops_indices_below_zero_and_beyond_32_bits(run_ptx: Run) -> N
     memory = Memory()
     outputs = (poisoned(3), poisoned(8), poisoned(4, 2))
     addresses = [memory.add(out) for out in outputs]
-    (config,) = sort_slots.choose_configs(8, 3, torch.int64)
+    (config,) = choose_configs(8, 3, torch.int64)
     tensors = [argument(a, out.numel()) for a, out in zip(addresses, outputs, strict=True)]
     params = [argument(memory.add(index), 8), *tensors, int32(3), int32(2)]
     run_ptx(config, (1, 1), params, memory)

@@ -26,11 +26,12 @@ MAX_IMPORT_SECONDS = 0.3
 MAY_IMPORT = {
     "format": set(),
     "activation": set(),
-    "registry": set(),
+    "plans": set(),
+    "registry": {"plans"},
     "reference": {"format", "activation"},
-    "kernels": {"format"},
-    "ops": {"format", "activation", "reference", "registry", "kernels"},
-    "routing": {"registry", "kernels"},
+    "kernels": {"format", "plans"},
+    "ops": {"format", "activation", "reference", "plans", "registry", "kernels"},
+    "routing": {"plans", "registry", "kernels"},
     "expert_parallel": {"registry", "routing"},
     "lowering": {"format", "activation", "ops", "routing"},
 }
@@ -89,6 +90,7 @@ def test_structure_import_rules_name_existing_parts() -> None:
     assert set(MAY_IMPORT) - optional <= {part_of(path) for path in MODULES}
     # The rules would hold of nothing if no import was found.
     assert imported_parts(PACKAGE / "ops" / "dequantize.py") == {
+        "plans",
         "format",
         "kernels",
         "ops",

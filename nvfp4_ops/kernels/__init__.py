@@ -3,10 +3,11 @@
 The architecture is chosen here, once; a file's suffix says which one it is for.
 """
 
+import math
 from collections.abc import Callable, Hashable
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -14,6 +15,16 @@ from torch import Tensor
 from nvfp4_ops import format as nvfp4
 from nvfp4_ops.kernels import compile_cache, prepack_sm90
 from nvfp4_ops.kernels.grouped_mm_config import choose_config, tokens_of_every_config
+from nvfp4_ops.kernels.launch import amax as amax_launch
+from nvfp4_ops.kernels.launch import combine_rows as combine_launch
+from nvfp4_ops.kernels.launch import decode as decode_launch
+from nvfp4_ops.kernels.launch import per_token as per_token_launch
+from nvfp4_ops.kernels.launch import permute_rows as permute_launch
+from nvfp4_ops.kernels.launch import prepack_kernel_sm90 as prepack_launch
+from nvfp4_ops.kernels.launch import quantize_rows as quantize_launch
+from nvfp4_ops.kernels.launch import sort_slots as sort_launch
+from nvfp4_ops.kernels.launch import swizzle_sf as swizzle_launch
+from nvfp4_ops.kernels.launch.tensors import GetCompiled, Launch, why_no_rows
 from nvfp4_ops.kernels.limits import MAX_EXPERTS, num_multiprocessors
 from nvfp4_ops.kernels.prepack_sm90 import (
     GATED_RANK,
@@ -25,20 +36,20 @@ from nvfp4_ops.kernels.prepack_sm90 import (
 __all__ = [
     "GATED_RANK",
     "PLAIN_RANK",
-    "combine",
-    "dequantize",
-    "global_scale",
-    "grouped_mm",
     "num_weight_blocks",
-    "permute",
     "prepack",
     "prepacked_shape",
-    "quantize",
-    "quantize_per_token",
-    "round_rows",
-    "round_rows_per_token",
-    "sort_by_expert",
-    "swizzle",
+    "prepare_combine",
+    "prepare_dequantize",
+    "prepare_global_scale",
+    "prepare_grouped_mm",
+    "prepare_permute",
+    "prepare_quantize",
+    "prepare_quantize_per_token",
+    "prepare_round",
+    "prepare_round_per_token",
+    "prepare_sort",
+    "prepare_swizzle",
     "tokens_of_every_config",
     "unpack",
     "unswizzle",
@@ -79,9 +90,14 @@ def _why_not_so_many(num_experts: int) -> str | None:
 
 
 @cache
-def _get_compiled(op: str, kernel: ModuleType) -> Callable[[Hashable], Callable[..., object]]:
-    """From a config of the module ``kernel`` to what its ``build`` makes of it, cached."""
-    return lambda config: compile_cache.get(op, config, ARCHITECTURE, lambda: kernel.build(config))
+def _get_compiled(op: str, module: str) -> GetCompiled:
+    """From a config of a kernel's module to what its ``build`` makes of it, cached."""
+
+    def build(config: Hashable) -> Callable[..., object]:
+        # On a miss only: this is where the DSL is imported.
+        return import_module(f"{__name__}.{module}").build(config)
+
+    return lambda config: compile_cache.get(op, config, ARCHITECTURE, lambda: build(config))
 
 
 def why_no_grouped_mm(
@@ -101,81 +117,100 @@ def why_no_grouped_mm(
     return None
 
 
-def grouped_mm(
-    x: Tensor,
-    weight: Tensor,
-    offs: Tensor,
-    alpha: Tensor,
-    out: Tensor,
+# Each returns a function that launches, for all tensors that differ from these in their memory
+# alone; their addresses are to be multiples of 16 bytes where these are.
+
+
+def prepare_grouped_mm(
+    num_rows: int,
+    weight_shape: tuple[int, ...],
+    alpha_shape: tuple[int, ...],
+    num_columns: int,
+    device: torch.device,
     *,
-    row_scale: Tensor | None = None,
-    bias: Tensor | None = None,
+    out_fp32: bool = False,
+    row_scale: bool = False,
+    bias: bool = False,
     activation: str = "none",
     limit: float | None = None,
     early_weights: bool = False,
-) -> None:
+) -> Launch:
     """out[r, n] = act(alpha[e, segment(n)] * row_scale[r] * sum_k x[r, k] W[e, n, k] + bias[e, n]).
 
-    x: (R, K) bf16, contiguous. weight: prepacked; rank 5 for gated activations, else rank 4.
-    offs: (E,) int32. alpha: fp32 (E,) or (E, 2). out: (R, N), or (R, N / 2) where gated, bf16 or
-    fp32, contiguous, written whole. row_scale: (R,) fp32. bias: (E, N) fp32. early_weights: see
-    ``GroupedMmConfig``.
-    """
-    from nvfp4_ops.kernels import grouped_mm_sm90
+    num_rows: R, positive. weight_shape: prepacked; rank 5 for gated activations, else rank 4.
+    alpha_shape: (E,) or (E, 2). num_columns: of out: N, or N / 2 where gated. row_scale, bias:
+    whether they are given. early_weights: see ``GroupedMmConfig``.
 
-    if x.shape[0] == 0:
-        return
-    gated = weight.ndim == GATED_RANK
-    num_experts, column_blocks = weight.shape[0], weight.shape[-2]
-    weight = weight.view(num_experts, -1, column_blocks, prepack_sm90.BLOCK_BYTES)
+    Returns launch(x (R, K) bf16, weight, offs (E,) int32, alpha fp32, row_scale (R,) fp32 or None,
+    bias (E, N) fp32 or None, out bf16 or fp32), all contiguous; out is written whole.
+    """
+    gated = len(weight_shape) == GATED_RANK
+    num_experts, column_blocks = weight_shape[0], weight_shape[-2]
+    row_blocks = math.prod(weight_shape[1:-2])
     config = choose_config(
-        x.shape[0],
+        num_rows,
         num_experts,
-        weight.shape[1],
+        row_blocks,
         column_blocks,
         early_weights=early_weights,
-        out_fp32=out.dtype == torch.float32,
-        row_scale=row_scale is not None,
-        bias=bias is not None,
+        out_fp32=out_fp32,
+        row_scale=row_scale,
+        bias=bias,
         activation=activation,
         gated=gated,
         limit=limit,
     )
-    compiled = _get_compiled("grouped_mm", grouped_mm_sm90)(config)
-    unused = alpha.view(-1)
+    compiled = _get_compiled("grouped_mm", "grouped_mm_sm90")(config)
+    num_segments = alpha_shape[1] if len(alpha_shape) == 2 else 1
     # Columns of the first segment; gated weights have both in one block.
-    two_segments = alpha.ndim == 2 and not gated
-    compiled(
-        weight,
-        x,
-        offs,
-        alpha.view(-1),
-        unused if row_scale is None else row_scale,
-        unused if bias is None else bias.view(-1),
-        out,
-        alpha.shape[1] if alpha.ndim == 2 else 1,
-        out.shape[1] // 2 if two_segments else prepack_sm90.BLOCK_ROWS * weight.shape[1],
-        config.grid(x.shape[0], num_experts, weight.shape[1], num_multiprocessors(x.device)),
-    )
+    first_columns = prepack_sm90.BLOCK_ROWS * row_blocks
+    if len(alpha_shape) == 2 and not gated:
+        first_columns = num_columns // 2
+    grid = config.grid(num_rows, num_experts, row_blocks, num_multiprocessors(device))
+    blocks = (num_experts, row_blocks, column_blocks, prepack_sm90.BLOCK_BYTES)
+
+    def launch(
+        x: Tensor,
+        weight: Tensor,
+        offs: Tensor,
+        alpha: Tensor,
+        row_scale: Tensor | None,
+        bias: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        alpha = alpha.ravel() if num_segments > 1 else alpha
+        compiled(
+            weight.view(blocks) if gated else weight,
+            x,
+            offs,
+            alpha,
+            # Not read where there is none.
+            alpha if row_scale is None else row_scale,
+            alpha if bias is None else bias.view(-1),
+            out,
+            num_segments,
+            first_columns,
+            grid,
+        )
+
+    return launch
 
 
 def prepack(codes: Tensor, block_scale: Tensor, *, gated: bool = False) -> Tensor:
     """Canonical weights to the layout of the grouped mm (``prepack_sm90.prepack``)."""
     if not codes.is_cuda or why_no_elementwise(codes) is not None:
         return prepack_sm90.prepack(codes, block_scale, gated=gated)
-    from nvfp4_ops.kernels import prepack_kernel_sm90 as kernel
-
     codes = codes.contiguous()
-    if codes.data_ptr() % kernel.LANE_BYTES:
+    if codes.data_ptr() % prepack_launch.LANE_BYTES:
         codes = codes.clone()
     num_experts, n, packed_k = codes.shape
     k = packed_k * nvfp4.CODES_PER_BYTE
-    packed = codes.new_empty(prepacked_shape(num_experts, n, k, gated=gated))
-    kernel.launch_prepack(
+    packed = codes.new_empty(*prepacked_shape(num_experts, n, k, gated=gated))
+    prepack_launch.launch_prepack(
         codes=codes,
         block_scale=block_scale.contiguous(),
         packed=packed,
-        get_compiled=_get_compiled("prepack", kernel),
+        get_compiled=_get_compiled("prepack", "prepack_kernel_sm90"),
     )
     return packed
 
@@ -184,16 +219,14 @@ def unpack(prepacked: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
     """Inverse of ``prepack``: codes (E, N, K/2) and block scales (E, N, K/16)."""
     if not prepacked.is_cuda or why_no_elementwise(prepacked) is not None:
         return prepack_sm90.unpack(prepacked, n, k)
-    from nvfp4_ops.kernels import prepack_kernel_sm90 as kernel
-
     lead = (prepacked.shape[0], n)
     codes = prepacked.new_empty(*lead, nvfp4.packed_size(k))
     sf = prepacked.new_empty(*lead, nvfp4.num_blocks(k), dtype=torch.float8_e4m3fn)
-    kernel.launch_unpack(
+    prepack_launch.launch_unpack(
         packed=prepacked.contiguous(),
         codes=codes,
         block_scale=sf,
-        get_compiled=_get_compiled("prepack", kernel),
+        get_compiled=_get_compiled("prepack", "prepack_kernel_sm90"),
     )
     return codes, sf
 
@@ -208,122 +241,106 @@ def why_no_global_scale(x: Tensor, per_token: bool) -> str | None:
     return why_no_elementwise(x)
 
 
-def global_scale(x: Tensor, scale: Tensor) -> None:
-    """Write ``scale``: () of all elements of x, or (R, 1) of the rows of x (R, K)."""
-    from nvfp4_ops.kernels import amax as kernel
-
-    get_compiled = _get_compiled("global_scale", kernel)
-    if scale.ndim == 0:
-        kernel.launch_tensor_scale(
-            x=_readable_rows(x.reshape(1, -1)), scale=scale, get_compiled=get_compiled
-        )
-    else:
-        kernel.launch_row_scales(x=_readable_rows(x), scale=scale, get_compiled=get_compiled)
+def prepare_global_scale(x: Tensor, *, per_token: bool) -> Launch:
+    """launch(x, scale): scale () of all elements of x, or (R, 1) of the rows of x (R, K)."""
+    get_compiled = _get_compiled("global_scale", "amax")
+    if per_token:
+        launch = amax_launch.prepare_row_scales(*x.shape, x.dtype, x.device, get_compiled)
+        return _with_readable_rows(launch, x)
+    launch = amax_launch.prepare_tensor_scale(x.numel(), x.dtype, x.device, get_compiled)
+    if x.is_contiguous():
+        return _with_readable_rows(launch, x.view(1, -1))
+    return lambda x, scale: launch(x.contiguous(), scale)
 
 
 def _readable_rows(x: Tensor) -> Tensor:
     """x (R, K), copied where its rows do not start at multiples of 16 bytes."""
-    from nvfp4_ops.kernels.memory import why_no_rows
-
     return x if why_no_rows(x) is None else x.clone(memory_format=torch.contiguous_format)
 
 
-def quantize(
+def _with_readable_rows(launch: Launch, x: Tensor) -> Launch:
+    """``launch``, whose first argument is like x, given a copy of it if need be."""
+    if why_no_rows(x) is None:
+        return launch
+    return lambda x, *others: launch(x.clone(memory_format=torch.contiguous_format), *others)
+
+
+def prepare_quantize(
     x: Tensor,
     global_scale: Tensor,
     offs: Tensor | None,
-    codes: Tensor,
-    block_scale: Tensor,
     *,
+    row_tiles: int | None = None,
     activation: str = "none",
     limit: float | None = None,
-) -> None:
-    """Write ``codes`` and ``block_scale`` (rank 4: swizzled) of the activated rows of x."""
-    from nvfp4_ops.kernels import quantize_rows as kernel
+) -> Launch:
+    """launch(x, global_scale, offs, codes, block_scale) writes both, of the activated rows of x.
 
-    kernel.launch_quantize(
-        x=_readable_rows(x),
-        global_scale=global_scale.contiguous(),
-        offs=offs,
-        codes=codes,
-        block_scale=block_scale,
-        activation=activation,
-        limit=limit,
-        get_compiled=_get_compiled("quantize", kernel),
-    )
-
-
-def quantize_per_token(
-    x: Tensor,
-    offs: Tensor | None,
-    codes: Tensor,
-    block_scale: Tensor,
-    row_scale: Tensor,
-    *,
-    activation: str,
-    limit: float | None,
-) -> bool:
-    """Write ``codes``, linear ``block_scale`` and ``row_scale`` of the activated rows of x.
-
-    Returns False, with nothing written, where a row is too long for the kernel.
+    row_tiles: of swizzled block scales (rank 4), None where they are linear.
     """
-    from nvfp4_ops.kernels import per_token as kernel
-
-    config = kernel.choose_config(
-        x.dtype,
-        codes.shape[1] * nvfp4.CODES_PER_BYTE,
-        ragged=offs is not None,
+    launch = quantize_launch.prepare_quantize(
+        _readable_rows(x),
+        global_scale,
+        offs,
+        _get_compiled("quantize", "quantize_rows"),
+        row_tiles=row_tiles,
         activation=activation,
         limit=limit,
+    )
+    launch = _with_readable_rows(launch, x)
+    return lambda x, global_scale, *others: launch(x, global_scale.contiguous(), *others)
+
+
+def prepare_quantize_per_token(
+    x: Tensor, offs: Tensor | None, *, k: int, activation: str = "none", limit: float | None = None
+) -> Launch | None:
+    """launch(x, offs, codes, block_scale, row_scale) writes these of the activated rows of x.
+
+    k: of the activated rows. None where a row is too long for the kernel.
+    """
+    ragged = offs is not None
+    config = per_token_launch.choose_config(
+        x.dtype, k, ragged=ragged, activation=activation, limit=limit
     )
     if config is None:
-        return False
-    kernel.launch_quantize_per_token(
-        x=_readable_rows(x),
-        offs=offs,
-        config=config,
-        codes=codes,
-        block_scale=block_scale,
-        row_scale=row_scale,
-        get_compiled=_get_compiled("quantize_per_token", kernel),
-    )
-    return True
+        return None
+    get_compiled = _get_compiled("quantize_per_token", "per_token")
+    launch = per_token_launch.prepare_quantize_per_token(_readable_rows(x), config, get_compiled)
+    return _with_readable_rows(launch, x)
 
 
-def round_rows(
-    x: Tensor,
-    global_scale: Tensor,
-    offs: Tensor | None,
-    token_of_row: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Write ``out`` (R, K) bf16: the NVFP4 values of the rows of x, without the global scale."""
-    from nvfp4_ops.kernels import quantize_rows as kernel
+def prepare_round(
+    x: Tensor, global_scale: Tensor, offs: Tensor | None, token_of_row: Tensor | None
+) -> Launch:
+    """launch(x, global_scale, offs, token_of_row, out) writes out (R, K) bf16.
 
-    kernel.launch_round(
-        x=_readable_rows(x),
-        global_scale=global_scale.contiguous(),
-        offs=offs,
-        token_of_row=None if token_of_row is None else token_of_row.contiguous(),
-        out=out,
-        get_compiled=_get_compiled("quantize", kernel),
-    )
-
-
-def round_rows_per_token(
-    x: Tensor,
-    offs: Tensor | None,
-    token_of_row: Tensor | None,
-    out: Tensor,
-    row_scale: Tensor,
-) -> bool:
-    """Write ``out`` and ``row_scale`` of the rows of x.
-
-    Returns False, with nothing written, where a row is too long for the kernel.
+    These are the NVFP4 values of the rows of x, without the global scale.
     """
-    from nvfp4_ops.kernels import per_token as kernel
+    get_compiled = _get_compiled("quantize", "quantize_rows")
+    launch = quantize_launch.prepare_round(
+        _readable_rows(x), global_scale, offs, token_of_row, get_compiled
+    )
+    launch = _with_readable_rows(launch, x)
 
-    config = kernel.choose_config(
+    def launch_contiguous(
+        x: Tensor,
+        global_scale: Tensor,
+        offs: Tensor | None,
+        token_of_row: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        if token_of_row is not None:
+            token_of_row = token_of_row.contiguous()
+        launch(x, global_scale.contiguous(), offs, token_of_row, out)
+
+    return launch_contiguous
+
+
+def prepare_round_per_token(
+    x: Tensor, offs: Tensor | None, token_of_row: Tensor | None
+) -> Launch | None:
+    """launch(x, offs, token_of_row, out, row_scale) writes both; None where a row is too long."""
+    config = per_token_launch.choose_config(
         x.dtype,
         x.shape[1],
         ragged=offs is not None,
@@ -331,40 +348,45 @@ def round_rows_per_token(
         gather=token_of_row is not None,
     )
     if config is None:
-        return False
-    kernel.launch_round_per_token(
-        x=_readable_rows(x),
-        offs=offs,
-        token_of_row=None if token_of_row is None else token_of_row.contiguous(),
-        config=config,
-        out=out,
-        row_scale=row_scale,
-        get_compiled=_get_compiled("quantize_per_token", kernel),
-    )
-    return True
+        return None
+    get_compiled = _get_compiled("quantize_per_token", "per_token")
+    launch = per_token_launch.prepare_round_per_token(_readable_rows(x), config, get_compiled)
+    launch = _with_readable_rows(launch, x)
+    if token_of_row is None or token_of_row.is_contiguous():
+        return launch
+    return lambda x, offs, tokens, *others: launch(x, offs, tokens.contiguous(), *others)
 
 
-def dequantize(
+def prepare_dequantize(
     codes: Tensor,
     block_scale: Tensor,
     global_scale: Tensor | None,
     offs: Tensor | None,
-    out: Tensor,
-) -> None:
-    """Write ``out`` (R, K) or (E, N, K); without a global scale in bf16, where it is exact.
+    dtype: torch.dtype,
+) -> Launch:
+    """launch(codes, block_scale, global_scale, offs, out) writes out (R, K) or (E, N, K) of dtype.
 
-    Rows of no expert are zero.
+    Without a global scale dtype is bf16, where the result is exact. Rows of no expert are zero.
     """
-    from nvfp4_ops.kernels import decode as kernel
-
-    kernel.launch_decode(
-        codes=codes if _is_dense(codes) else codes.clone(memory_format=torch.contiguous_format),
-        block_scale=block_scale.contiguous(),
-        global_scale=None if global_scale is None else global_scale.contiguous(),
-        offs=offs,
-        out=out,
-        get_compiled=_get_compiled("dequantize", kernel),
+    get_compiled = _get_compiled("dequantize", "decode")
+    launch = decode_launch.prepare_decode(
+        codes, block_scale, global_scale, offs, dtype, get_compiled
     )
+
+    def launch_dense(
+        codes: Tensor,
+        block_scale: Tensor,
+        global_scale: Tensor | None,
+        offs: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        if not _is_dense(codes):
+            codes = codes.clone(memory_format=torch.contiguous_format)
+        if global_scale is not None:
+            global_scale = global_scale.contiguous()
+        launch(codes, block_scale.contiguous(), global_scale, offs, out)
+
+    return launch_dense
 
 
 def _is_dense(codes: Tensor) -> bool:
@@ -372,69 +394,63 @@ def _is_dense(codes: Tensor) -> bool:
     return codes.is_contiguous() and codes.data_ptr() % nvfp4.packed_size(nvfp4.BLOCK_SIZE) == 0
 
 
-def swizzle(sf: Tensor, offs: Tensor | None, swizzled: Tensor) -> None:
-    """Write ``swizzled`` from linear block scales (R, C) or (E, N, C)."""
-    from nvfp4_ops.kernels import swizzle_sf as kernel
-
-    kernel.launch_swizzle(
-        sf=sf.contiguous(),
-        offs=offs,
-        swizzled=swizzled,
-        get_compiled=_get_compiled("swizzle", kernel),
-    )
+def prepare_swizzle(sf: Tensor, offs: Tensor | None) -> Launch:
+    """launch(sf, swizzled, offs) writes ``swizzled`` from linear sf (R, C) or (E, N, C)."""
+    get_compiled = _get_compiled("swizzle", "swizzle_sf")
+    launch = swizzle_launch.prepare_swizzle("swizzle", sf.contiguous(), offs, get_compiled)
+    return lambda sf, swizzled, offs: launch(sf.contiguous(), swizzled, offs)
 
 
 def unswizzle(swizzled: Tensor, offs: Tensor | None, sf: Tensor) -> None:
-    """Write linear block scales ``sf`` (R, C) or (E, N, C) from swizzled ones."""
-    from nvfp4_ops.kernels import swizzle_sf as kernel
+    """Write linear block scales ``sf`` (R, C) or (E, N, C), contiguous, from swizzled ones."""
+    get_compiled = _get_compiled("swizzle", "swizzle_sf")
+    launch = swizzle_launch.prepare_swizzle("unswizzle", sf, offs, get_compiled)
+    launch(sf, swizzled.contiguous(), offs)
 
-    kernel.launch_unswizzle(
-        swizzled=swizzled.contiguous(),
-        offs=offs,
-        sf=sf,
-        get_compiled=_get_compiled("swizzle", kernel),
+
+def prepare_sort(top_k_index: Tensor, num_experts: int) -> Launch:
+    """launch(top_k_index, offs, token_of_row, row_of_slot) writes the outputs of sort_by_expert."""
+    get_compiled = _get_compiled("sort_by_expert", "sort_slots")
+    launch = sort_launch.prepare_sort(top_k_index, num_experts, get_compiled)
+    return lambda index, *outputs: launch(index.contiguous(), *outputs)
+
+
+def prepare_permute(x: Tensor, token_of_row: Tensor) -> Launch:
+    """launch(x, token_of_row, out): out[r] = x[token_of_row[r]], 0 for -1; x (T, ...)."""
+    get_compiled = _get_compiled("permute", "permute_rows")
+    num_rows = token_of_row.shape[0]
+    if x.ndim == 2 and x.stride(1) == 1:
+        launch = permute_launch.prepare_permute(x, num_rows, get_compiled)
+        if token_of_row.is_contiguous():
+            return launch
+        return lambda x, tokens, out: launch(x, tokens.contiguous(), out)
+
+    def rows_of(x: Tensor) -> Tensor:
+        """A view where the elements of a row lie together, else a copy."""
+        rows = x.reshape(x.shape[0], -1)
+        return rows if rows.stride(1) == 1 else rows.contiguous()
+
+    launch_rows = permute_launch.prepare_permute(rows_of(x), num_rows, get_compiled)
+    return lambda x, tokens, out: launch_rows(rows_of(x), tokens.contiguous(), out)
+
+
+def prepare_combine(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor) -> Launch:
+    """launch(rows, row_of_slot, top_k_weights, out).
+
+    out[t] = sum over j of top_k_weights[t, j] * rows[row_of_slot[t, j]].
+    """
+    launch = combine_launch.prepare_combine(
+        rows if rows.stride(1) == 1 else rows.contiguous(),
+        *row_of_slot.shape,
+        top_k_weights.dtype,
+        _get_compiled("combine", "combine_rows"),
     )
 
+    def launch_contiguous(
+        rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor, out: Tensor
+    ) -> None:
+        if rows.stride(1) != 1:
+            rows = rows.contiguous()
+        launch(rows, row_of_slot.contiguous(), top_k_weights.contiguous(), out)
 
-def sort_by_expert(
-    top_k_index: Tensor, offs: Tensor, token_of_row: Tensor, row_of_slot: Tensor
-) -> None:
-    """Write the three outputs of ``sort_by_expert`` for top_k_index (T, top_k)."""
-    from nvfp4_ops.kernels import sort_slots as kernel
-
-    kernel.launch_sort(
-        top_k_index=top_k_index.contiguous(),
-        offs=offs,
-        token_of_row=token_of_row,
-        row_of_slot=row_of_slot,
-        get_compiled=_get_compiled("sort_by_expert", kernel),
-    )
-
-
-def permute(x: Tensor, token_of_row: Tensor, out: Tensor) -> None:
-    """Write out[r] = x[token_of_row[r]], zeros for -1; x (T, ...) of any dtype."""
-    from nvfp4_ops.kernels import permute_rows as kernel
-
-    # A view where the elements of a row lie together, else a copy.
-    rows = x.reshape(x.shape[0], -1)
-    if rows.stride(1) != 1:
-        rows = rows.contiguous()
-    kernel.launch_permute(
-        x=rows,
-        token_of_row=token_of_row.contiguous(),
-        out=out.view(out.shape[0], -1),
-        get_compiled=_get_compiled("permute", kernel),
-    )
-
-
-def combine(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor, out: Tensor) -> None:
-    """Write out[t] = sum over j of top_k_weights[t, j] * rows[row_of_slot[t, j]]."""
-    from nvfp4_ops.kernels import combine_rows as kernel
-
-    kernel.launch_combine(
-        rows=rows if rows.stride(1) == 1 else rows.contiguous(),
-        row_of_slot=row_of_slot.contiguous(),
-        top_k_weights=top_k_weights.contiguous(),
-        out=out,
-        get_compiled=_get_compiled("combine", kernel),
-    )
+    return launch_contiguous

@@ -14,6 +14,8 @@ from typing import Any
 import cutlass.cute as cute
 from cutlass import Float32
 
+from nvfp4_ops.kernels.launch.tensors import is_gated as is_gated
+
 NAMES = (
     "none",
     "silu",
@@ -54,11 +56,6 @@ class DeviceOps:
 def _ptx(code: str, value: Float32) -> Float32:
     result: Float32 = cute.arch.inline_ptx(code, write_only_types=[Float32], read_only_args=[value])
     return result
-
-
-def is_gated(name: str) -> bool:
-    """Whether ``apply`` takes an up value."""
-    return name.endswith("_mul") or name == "swiglu_oai"
 
 
 def apply(

@@ -5,37 +5,20 @@ same bits in every run. Not for weights, whose scales are made offline.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import cuda.bindings.driver as cuda_driver
 import cutlass
 import cutlass.cute as cute
-import torch
 from cutlass import Float32, Int32, Int64, Uint32
 from cutlass.cute.runtime import make_fake_stream
-from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
 from nvfp4_ops.kernels.blocks import FloatWords
-from nvfp4_ops.kernels.limits import num_multiprocessors
-from nvfp4_ops.kernels.memory import (
-    VECTOR_BYTES,
-    WARP,
-    WORD_BYTES,
-    GetCompiled,
-    fake_rows,
-    fake_vector,
-    follow_previous_kernel,
-    ptx,
-    vector_at,
-)
+from nvfp4_ops.kernels.launch.amax import VECTORS_PER_LANE, AmaxConfig
+from nvfp4_ops.kernels.launch.tensors import VECTOR_BYTES, WARP, WORD_BYTES
+from nvfp4_ops.kernels.memory import fake_rows, fake_vector, follow_previous_kernel, ptx, vector_at
 
 WORDS = VECTOR_BYTES // WORD_BYTES
-# 16-byte loads that a lane has in flight.
-VECTORS_PER_LANE = 4
-# Parts of a tensor, each with a maximum of its own: CTAs a multiprocessor.
-PARTS_PER_SM = 8
 
 
 def global_scale_of(amax: Float32) -> Float32:
@@ -73,18 +56,6 @@ def warps_amax(amax: Float32, num_warps: cutlass.Constexpr[int], warps: cutlass.
         for i in cutlass.range_constexpr(num_warps):
             amax = cute.arch.fmax(amax, Float32(sAmax[first + i]), nan=True)
     return amax
-
-
-@dataclass(frozen=True)
-class AmaxConfig:
-    """of: "row" writes the global scale of each row, "part" the largest magnitude of each CTA's
-    share of all rows. row_warps: warps that share a row, a power of two.
-    """
-
-    dtype: torch.dtype
-    of: Literal["row", "part"]
-    row_warps: int = 1
-    threads: int = 256
 
 
 class AmaxKernel:
@@ -172,48 +143,3 @@ class AmaxKernel:
 def build(config: AmaxConfig, options: str = "") -> Callable[..., None]:
     """Compile for ``CUTE_DSL_ARCH`` or the present GPU; called with torch tensors."""
     return AmaxKernel(config).compile(options)
-
-
-def choose_row_warps(num_rows: int, row_bytes: int, multiprocessors: int, warps: int = 8) -> int:
-    """One warp a row where rows are short or many, else the CTA's: a few rows are to be spread.
-
-    >>> [choose_row_warps(rows, 14336, 132) for rows in (1, 1000, 65536)]
-    [8, 8, 1]
-    """
-    lane_bytes = VECTORS_PER_LANE * VECTOR_BYTES * WARP
-    many = num_rows >= 4 * warps * multiprocessors
-    return 1 if many or row_bytes <= lane_bytes else warps
-
-
-def launch_row_scales(*, x: Tensor, scale: Tensor, get_compiled: GetCompiled) -> None:
-    """scale = global_scale(x, per_token=True).
-
-    x: (R, K), ``memory.why_no_rows(x)`` None. scale: fp32, R elements, contiguous.
-    get_compiled: from an ``AmaxConfig`` to what ``build`` returns for it.
-    """
-    if scale.numel() == 0:
-        return
-    row_bytes = x.shape[1] * x.itemsize
-    row_warps = choose_row_warps(x.shape[0], row_bytes, num_multiprocessors(x.device))
-    config = AmaxConfig(x.dtype, "row", row_warps)
-    rows_per_cta = config.threads // WARP // row_warps
-    get_compiled(config)(x, scale.view(-1), nvfp4.ceil_div(x.shape[0], rows_per_cta))
-
-
-def launch_tensor_scale(*, x: Tensor, scale: Tensor, get_compiled: GetCompiled) -> None:
-    """scale = global_scale(x): the CTAs' maxima, then the scale of these as of one row.
-
-    x: contiguous, 16-byte aligned, a multiple of 16 elements, at least 16. scale: fp32 ().
-    get_compiled: as above.
-    """
-    config = AmaxConfig(x.dtype, "part")
-    bytes_per_cta = config.threads * VECTORS_PER_LANE * VECTOR_BYTES
-    num_parts = min(
-        PARTS_PER_SM * num_multiprocessors(x.device),
-        nvfp4.ceil_div(x.numel() * x.itemsize, bytes_per_cta),
-    )
-    # The parts are read as one row of whole blocks.
-    num_parts = nvfp4.ceil_div(num_parts, nvfp4.BLOCK_SIZE) * nvfp4.BLOCK_SIZE
-    parts = x.new_empty((1, num_parts), dtype=torch.float32)
-    get_compiled(config)(x.view(1, -1), parts.view(-1), num_parts)
-    launch_row_scales(x=parts, scale=scale, get_compiled=get_compiled)

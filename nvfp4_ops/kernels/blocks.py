@@ -15,7 +15,8 @@ from cutlass import Float32, Int64, Uint32
 
 from nvfp4_ops import format as nvfp4
 from nvfp4_ops.kernels import activation as activations
-from nvfp4_ops.kernels.memory import DTYPES, WORD_BYTES, permute_bytes, ptx, vector_at
+from nvfp4_ops.kernels.launch.tensors import WORD_BYTES
+from nvfp4_ops.kernels.memory import DTYPES, permute_bytes, ptx, vector_at
 
 FP32_MAX = torch.finfo(torch.float32).max
 # PTX's name of two packed elements.

@@ -5,60 +5,17 @@ rows, of other tokens or of any schedule.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
 
 import cuda.bindings.driver as cuda_driver
 import cutlass
 import cutlass.cute as cute
-import torch
 from cutlass import Float32, Int32, Int64
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream, make_fake_tensor
-from torch import Tensor
 
-from nvfp4_ops.kernels.limits import num_multiprocessors
-from nvfp4_ops.kernels.memory import (
-    DTYPES,
-    VECTOR_BYTES,
-    WORD_BYTES,
-    GetCompiled,
-    follow_previous_kernel,
-)
-from nvfp4_ops.kernels.permute_rows import MAX_VECTORS, divide
-
-# Of an access where there is little to do: more threads, each with less to add up.
-NARROW_BYTES = 8
-# Vectors of 16 bytes a multiprocessor below which accesses are narrow, and CTAs small.
-NARROW_VECTORS_PER_SM, FEW_VECTORS_PER_SM = 64, 256
-
-
-@dataclass(frozen=True)
-class CombineConfig:
-    """Static configuration.
-
-    access_bytes: 16, 8 or one element; divides the length and the address of every row.
-    slots_in_flight: rows that a thread loads before it adds the first of them.
-    """
-
-    dtype: torch.dtype
-    weight_dtype: torch.dtype
-    access_bytes: int
-    slots_in_flight: int
-    threads: int
-
-    def __post_init__(self) -> None:
-        for name in ("dtype", "weight_dtype"):
-            if getattr(self, name) not in DTYPES:
-                raise ValueError(f"{name}: must be one of {list(DTYPES)}, got {self}")
-        widths = (self.dtype.itemsize, NARROW_BYTES, VECTOR_BYTES)
-        if self.access_bytes not in widths:
-            raise ValueError(f"access_bytes: must be in {widths}, got {self.access_bytes}")
-        if self.slots_in_flight < 1 or not 1 <= self.threads <= 1024:
-            raise ValueError(f"not a combine config: {self}")
-
-    @property
-    def vector_elements(self) -> int:
-        return self.access_bytes // self.dtype.itemsize
+from nvfp4_ops.kernels.launch.combine_rows import CombineConfig
+from nvfp4_ops.kernels.launch.tensors import WORD_BYTES
+from nvfp4_ops.kernels.memory import DTYPES, follow_previous_kernel
+from nvfp4_ops.kernels.permute_rows import divide
 
 
 def _multiply(a: Float32, b: Float32) -> Float32:
@@ -238,47 +195,3 @@ class CombineKernel:
 def build(config: CombineConfig, options: str = "") -> Callable[..., None]:
     """Compile for ``CUTE_DSL_ARCH`` or the present GPU; called with torch tensors."""
     return CombineKernel(config).compile(options)
-
-
-# Made once: an eager call has microseconds to spend.
-_config = lru_cache(CombineConfig)
-
-
-def choose_config(
-    rows: Tensor, weight_dtype: torch.dtype, top_k: int, out: Tensor, num_multiprocessors: int
-) -> CombineConfig:
-    row_stride = rows.stride(0) if rows.shape[0] > 1 else 0
-    together = (row_stride | rows.shape[1]) * rows.itemsize | rows.data_ptr() | out.data_ptr()
-    # Few tokens: more and smaller CTAs, for more multiprocessors to have a part.
-    vectors_per_sm = out.numel() * out.itemsize // VECTOR_BYTES // num_multiprocessors
-    access_bytes = rows.itemsize
-    if together % NARROW_BYTES == 0 and vectors_per_sm < NARROW_VECTORS_PER_SM:
-        access_bytes = NARROW_BYTES
-    elif together % VECTOR_BYTES == 0:
-        access_bytes = VECTOR_BYTES
-    threads = 64 if vectors_per_sm < FEW_VECTORS_PER_SM else 256
-    return _config(rows.dtype, weight_dtype, access_bytes, 8 if top_k > 4 else 4, threads)
-
-
-def launch_combine(
-    *,
-    rows: Tensor,
-    row_of_slot: Tensor,
-    top_k_weights: Tensor,
-    out: Tensor,
-    get_compiled: GetCompiled,
-) -> None:
-    """out[t] = sum over j of top_k_weights[t, j] * rows[row_of_slot[t, j]]; see ``combine``.
-
-    rows: (R, H) bf16, fp16 or fp32, R and H >= 1, stride 1 along H. row_of_slot: (T, top_k)
-    int32, contiguous, both >= 1. top_k_weights: (T, top_k) fp32, bf16 or fp16, contiguous.
-    out: (T, H) of the dtype of rows, contiguous.
-    get_compiled: from a ``CombineConfig`` to what ``build`` returns for it.
-    """
-    top_k = row_of_slot.shape[1]
-    config = choose_config(rows, top_k_weights.dtype, top_k, out, num_multiprocessors(rows.device))
-    vectors_per_token = rows.shape[1] // config.vector_elements
-    tokens_per_slab = max(1, MAX_VECTORS // vectors_per_token)
-    # Flat: the stride of a single token or slot means nothing.
-    slots, weights = row_of_slot.view(-1), top_k_weights.view(-1)
-    get_compiled(config)(rows, slots, weights, out, top_k, tokens_per_slab)

@@ -7,7 +7,7 @@ agree; otherwise it is compiled again and replaced. An entry is one file:
 
     sha256 of the rest, in hex
     key as one line of JSON: op, config, architecture, versions, processor, sources
-    object file that cute exports
+    machine code: a shared library, or an object file where there is no linker
 
 A directory that cannot be used costs one warning, never an error: the kernels then stay in memory.
 ``NVFP4_OPS_CACHE_DIR`` chooses the directory, ``NVFP4_OPS_CACHE=0`` keeps everything off the disk.
@@ -28,12 +28,17 @@ import time
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from hashlib import sha256
+from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from nvfp4_ops import plans
+from nvfp4_ops.kernels import machine_code
+
 PACKAGE = Path(__file__).resolve().parent.parent
+_TOOLKITS = ("nvidia-cutlass-dsl-libs-cu12", "nvidia-cutlass-dsl-libs-cu13")
 SUFFIX, UNFINISHED_SUFFIX = ".kernel", ".kernel-unfinished"
 
 # An import of the kernels after this moment may have read other sources than a hash made later.
@@ -90,7 +95,9 @@ def watch() -> Iterator[set[Hashable]]:
     seen: set[Hashable] = set()
     _watchers.append(seen)
     try:
-        yield seen
+        # A call that has a plan asks for nothing.
+        with plans.suspended():
+            yield seen
     finally:
         # By identity: sets that happen to be equal are not the same watcher.
         _watchers[:] = [other for other in _watchers if other is not seen]
@@ -103,6 +110,7 @@ def num_in_memory() -> int:
 def clear_memory() -> None:
     """Forget this process's kernels, and which warnings it gave."""
     with _lock:
+        plans.clear()
         _memory.clear()
         _warned.clear()
 
@@ -144,11 +152,11 @@ def _load_or_build(
         if code is not None:
             # Whole and ours, yet made for other libraries than its key can tell: build it again.
             with contextlib.suppress(Exception):
-                return _load(code, name)
-    code = _export(build(), name)
+                return machine_code.load(code, name)
+    code = machine_code.export(build(), name)
     # What build returned takes keywords and makes more of its arguments than an entry from disk
     # does: callers get the latter even now, so that the next process behaves the same.
-    kernel = _load(code, name)
+    kernel = machine_code.load(code, name)
     if directory is not None:
         _write(directory / (name + SUFFIX), key, code)
     return kernel
@@ -192,27 +200,31 @@ def _describe(value: object) -> str:
     )
 
 
-def _versions() -> dict[str, str]:
-    """Versions of what compiles the kernel and of the libraries that its code calls."""
-    import cutlass
-    import tvm_ffi
+@functools.cache
+def _versions() -> dict[str, object]:
+    """Versions of what compiles the kernel and of the libraries that its code calls.
 
-    # The wheels for CUDA 12 and 13 bring different assemblers under one version.
-    return {
-        "dsl": cutlass.__version__,
-        "cuda": str(cutlass.CUDA_VERSION),
-        "tvm_ffi": tvm_ffi.__version__,
-    }
+    Of the installed packages: importing the DSL to ask it would take most of a warm start.
+    """
+    versions: dict[str, object] = {}
+    # The packages for CUDA 12 and 13 bring different assemblers; of several the driver chooses.
+    for package in ("nvidia-cutlass-dsl", *_TOOLKITS, "apache-tvm-ffi"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    get_driver_version = getattr(torch._C, "_cuda_getDriverVersion", None)
+    versions["driver"] = get_driver_version and get_driver_version() // 1000
+    return versions
 
 
 @functools.cache
 def _processor() -> str:
     """The launch code is compiled for this very CPU (AVX and more); a home may be on several."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    features = ""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        # Of the first processor: reading on takes milliseconds where there are hundreds.
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     return f"{platform.machine()} {sha256(features.encode()).hexdigest()[:16]}"
 
 
@@ -326,30 +338,3 @@ def _write(path: Path, key: str, code: bytes) -> None:
             raise
     except OSError as error:
         _warn(f"an entry cannot be written: {error}")
-
-
-@contextlib.contextmanager
-def _memory_file(content: bytes = b"") -> Iterator[tuple[int, str]]:
-    """Descriptor and path of a file that exists in memory only.
-
-    cute exports to a path and loads from one. This way it loads the very bytes that were checked,
-    and a machine without a writable directory can do both.
-    """
-    with open(os.memfd_create("nvfp4_ops"), "w+b", buffering=0) as file:
-        file.write(content)
-        yield file.fileno(), f"/proc/self/fd/{file.fileno()}"
-
-
-def _export(compiled: object, name: str) -> bytes:
-    """Object file that defines name."""
-    with _memory_file() as (descriptor, path):
-        compiled.export_to_c(path, function_name=name)
-        return os.pread(descriptor, os.fstat(descriptor).st_size, 0)
-
-
-def _load(code: bytes, name: str) -> Callable[..., object]:
-    """Function of an object file; touches no GPU until its first call."""
-    from cutlass import cute
-
-    with _memory_file(code) as (_, path):
-        return cute.runtime.load_module(path, enable_tvm_ffi=True)[name]

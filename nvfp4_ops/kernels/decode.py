@@ -5,8 +5,6 @@ an e4m3 number is exact in bf16; a global scale is multiplied in fp32 and rounde
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import cuda.bindings.driver as cuda_driver
 import cutlass
@@ -14,17 +12,19 @@ import cutlass.cute as cute
 import torch
 from cutlass import Float32, Int32, Int64, Uint8, Uint16, Uint32
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
-from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
 from nvfp4_ops.kernels.blocks import FloatWords
-from nvfp4_ops.kernels.limits import num_multiprocessors
+from nvfp4_ops.kernels.launch.decode import (
+    LINES_PER_UNIT,
+    THREADS,
+    UNITS_PER_TILE,
+    VECTORS_PER_LANE,
+    WARPS,
+    DecodeConfig,
+)
+from nvfp4_ops.kernels.launch.tensors import CODE_BYTES, VECTOR_BYTES, WARP, WORD_BYTES
 from nvfp4_ops.kernels.memory import (
-    CODE_BYTES,
-    VECTOR_BYTES,
-    WARP,
-    WORD_BYTES,
-    GetCompiled,
     bytes_at,
     fake_codes,
     fake_offs,
@@ -36,26 +36,7 @@ from nvfp4_ops.kernels.memory import (
     store_words,
     vector_at,
 )
-from nvfp4_ops.kernels.ragged import (
-    ROW_GROUPS,
-    RaggedTiles,
-    check_num_experts,
-    locate_ragged_tile,
-    locate_tile,
-    tiles_view,
-    warp_upper_bound,
-)
-
-# 16-byte stores that a lane prepares at once.
-VECTORS_PER_LANE = 4
-THREADS = 256
-WARPS = THREADS // WARP
-# Swizzled, a CTA has the eight rows of two lines next to each other: they share every sector.
-LINES_PER_UNIT = WARPS // ROW_GROUPS
-UNITS_PER_TILE = nvfp4.SWIZZLE_LINES // LINES_PER_UNIT
-# At most this many CTAs a multiprocessor where a CTA has a prologue to amortise; all are resident.
-RESIDENT_CTAS = 4
-CTAS_PER_SM = 8
+from nvfp4_ops.kernels.ragged import RaggedTiles, locate_ragged_tile, locate_tile, warp_upper_bound
 
 # The magnitude of a code in a bf16 word's lowest exponent bits and highest mantissa bit is 2^-126
 # times its value, subnormal codes included.
@@ -86,19 +67,6 @@ def _decode_sf(sf: Uint32) -> Uint32:
         " cvt.f32.f16 single, low; prmt.b32 {$w0}, single, single, 0x3232;}"
     )
     return ptx(code, Uint32, sf)
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """dtype: of the output. scale: "none" is 1, "expert" one for each expert's rows.
-
-    ragged: experts' rows end at ``offs``; else each has as many.
-    """
-
-    dtype: torch.dtype
-    scale: Literal["none", "tensor", "row", "expert"]
-    swizzled: bool
-    ragged: bool
 
 
 class DecodeKernel:
@@ -299,60 +267,3 @@ class DecodeKernel:
 def build(config: DecodeConfig, options: str = "") -> Callable[..., None]:
     """Compile for ``CUTE_DSL_ARCH`` or the present GPU; called with torch tensors."""
     return DecodeKernel(config).compile(options)
-
-
-def launch_decode(
-    *,
-    codes: Tensor,
-    block_scale: Tensor,
-    global_scale: Tensor | None,
-    offs: Tensor | None,
-    out: Tensor,
-    get_compiled: GetCompiled,
-) -> None:
-    """out = dequantize_nvfp4(codes, block_scale, global_scale, offs), every byte of it written.
-
-    codes: (R, K / 2) or (E, N, K / 2) uint8, contiguous, at a multiple of 8 bytes. block_scale: one
-    byte elements, contiguous, rank 4 where swizzled. global_scale: fp32, contiguous: (), with offs
-    or rank 3 codes (E,), else (R,) or (R, 1); None is 1, with out bf16. offs: (E,) int32 or None.
-    out: (R, K) or (E, N, K), contiguous. get_compiled: from a ``DecodeConfig`` to what ``build``
-    returns for it.
-    """
-    check_num_experts(offs)
-    if out.numel() == 0:
-        return
-    scale: Literal["none", "tensor", "row", "expert"] = "row"
-    if global_scale is None:
-        scale = "none"
-    elif global_scale.ndim == 0:
-        scale = "tensor"
-    elif codes.ndim == 3 or (global_scale.ndim == 1 and offs is not None):
-        scale = "expert"
-    swizzled = block_scale.ndim == 4
-    config = DecodeConfig(out.dtype, scale, swizzled, offs is not None)
-    rows = codes.view(-1, codes.shape[-1])
-    if swizzled:
-        sf = tiles_view(block_scale)
-        grid_rows = sf.shape[0] * UNITS_PER_TILE
-    else:
-        sf = block_scale.view(torch.uint8).view(rows.shape[0], -1)
-        grid_rows = nvfp4.ceil_div(rows.shape[0], WARPS)
-    multiprocessors = num_multiprocessors(out.device)
-    step_bytes = WARP * VECTORS_PER_LANE * VECTOR_BYTES
-    num_steps = nvfp4.ceil_div(out.shape[-1] * out.itemsize, step_bytes)
-    # A row's steps go to CTAs of their own while there are multiprocessors to spare.
-    grid_steps = min(num_steps, max(1, CTAS_PER_SM * multiprocessors // grid_rows))
-    if swizzled and offs is not None:
-        resident = RESIDENT_CTAS * multiprocessors
-        grid_rows = min(grid_rows, resident)
-        grid_steps = min(grid_steps, max(1, resident // grid_rows))
-    get_compiled(config)(
-        rows,
-        sf,
-        None if global_scale is None else global_scale.view(-1),
-        offs,
-        out.view(rows.shape[0], -1),
-        codes.shape[-2],
-        grid_rows,
-        grid_steps,
-    )

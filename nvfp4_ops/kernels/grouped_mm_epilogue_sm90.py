@@ -14,8 +14,9 @@ from cutlass.cute import AddressSpace
 
 from nvfp4_ops.kernels import activation
 from nvfp4_ops.kernels.grouped_mm_config import GroupedMmConfig
+from nvfp4_ops.kernels.launch.tensors import VECTOR_BYTES, WARP
 from nvfp4_ops.kernels.limits import MAX_EXPERTS
-from nvfp4_ops.kernels.memory import VECTOR_BYTES, WARP, ptx, vector_at
+from nvfp4_ops.kernels.memory import ptx, vector_at
 from nvfp4_ops.kernels.prepack_sm90 import BLOCK_ROWS, DECODE_EXPONENT
 
 WARPGROUP = 4 * WARP

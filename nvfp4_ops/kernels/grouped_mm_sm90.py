@@ -26,8 +26,9 @@ from nvfp4_ops.kernels.grouped_mm_epilogue_sm90 import (
     staging_bytes,
     zero_tail,
 )
+from nvfp4_ops.kernels.launch.tensors import WARP
 from nvfp4_ops.kernels.limits import MAX_EXPERTS
-from nvfp4_ops.kernels.memory import WARP, follow_previous_kernel, ptx
+from nvfp4_ops.kernels.memory import follow_previous_kernel, ptx
 from nvfp4_ops.kernels.prepack_sm90 import (
     BLOCK_BYTES,
     BLOCK_COLUMNS,

@@ -1,6 +1,5 @@
 """Global memory as kernels without tensor cores see it, and how one kernel follows another."""
 
-from collections.abc import Callable
 from typing import Any
 
 import cutlass
@@ -8,25 +7,19 @@ import cutlass.cute as cute
 import torch
 from cutlass import Int32, Int64, Uint8, Uint32
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_tensor
-from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
-
-WARP = 32
-WORD_BYTES, VECTOR_BYTES = 4, 16
-CODE_BYTES = nvfp4.packed_size(nvfp4.BLOCK_SIZE)
-"""Bytes of a block's codes."""
-VALUE_BYTES = nvfp4.BLOCK_SIZE * torch.bfloat16.itemsize
-"""Bytes of a block's values."""
+from nvfp4_ops.kernels.launch.tensors import (
+    CODE_BYTES,
+    VECTOR_BYTES,
+    WORD_BYTES,
+)
 
 DTYPES = {
     torch.bfloat16: cutlass.BFloat16,
     torch.float16: cutlass.Float16,
     torch.float32: cutlass.Float32,
 }
-
-GetCompiled = Callable[[Any], Callable[..., None]]
-"""From a config to its compiled kernel; compiles or looks it up."""
 
 
 def follow_previous_kernel() -> None:
@@ -114,15 +107,3 @@ def fake_values(rows: cute.SymInt) -> cute.Tensor:
     return make_fake_compact_tensor(
         cutlass.BFloat16, (rows, k), stride_order=(1, 0), assumed_align=VECTOR_BYTES
     )
-
-
-def why_no_rows(x: Tensor) -> str | None:
-    """Why the kernels can not read the rows of x (R, K), or None where they can."""
-    if x.shape[1] % nvfp4.BLOCK_SIZE:
-        return f"K must be a multiple of {nvfp4.BLOCK_SIZE}, got {x.shape[1]}"
-    if x.stride(1) != 1:
-        return "elements of a row must be contiguous"
-    row_stride = x.stride(0) if x.shape[0] > 1 else 0
-    if x.data_ptr() % VECTOR_BYTES or row_stride * x.itemsize % VECTOR_BYTES:
-        return f"rows must start at multiples of {VECTOR_BYTES} bytes"
-    return None

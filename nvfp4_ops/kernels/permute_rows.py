@@ -4,58 +4,16 @@ Portable CuTe DSL, bound by memory. Not for arithmetic on rows: ``combine_rows``
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Literal
 
 import cuda.bindings.driver as cuda_driver
 import cutlass
 import cutlass.cute as cute
 from cutlass import Int32, Int64, Uint8, Uint32
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
-from torch import Tensor
 
-from nvfp4_ops.kernels.limits import num_multiprocessors
-from nvfp4_ops.kernels.memory import (
-    VECTOR_BYTES,
-    WORD_BYTES,
-    GetCompiled,
-    follow_previous_kernel,
-)
-
-MAX_VECTORS = (1 << 31) - (1 << 16)
-"""Of one slab of rows, so that positions in it are 32-bit numbers."""
-
-
-@dataclass(frozen=True)
-class PermuteConfig:
-    """Static configuration.
-
-    access_bytes: width of a load and a store; divides the length and the address of every row.
-    vectors_per_thread: loads that a thread has in flight.
-    """
-
-    access_bytes: Literal[1, 4, 16]
-    vectors_per_thread: int
-    threads: int
-
-    def __post_init__(self) -> None:
-        if self.access_bytes not in (1, WORD_BYTES, VECTOR_BYTES):
-            raise ValueError(f"access_bytes: must be 1, 4 or 16, got {self.access_bytes}")
-        if self.vectors_per_thread < 1 or self.threads < 1 or self.threads > 1024:
-            raise ValueError(f"not a permute config: {self}")
-
-    @property
-    def vectors_per_cta(self) -> int:
-        return self.threads * self.vectors_per_thread
-
-
-@lru_cache(maxsize=1024)
-def choose_config(access_bytes: int, num_vectors: int, num_multiprocessors: int) -> PermuteConfig:
-    """One small CTA an SM is quick; where there is more to do, more bytes a thread in flight."""
-    if num_vectors <= 4 * 256 * num_multiprocessors:
-        return PermuteConfig(access_bytes, 1, 128)
-    return PermuteConfig(access_bytes, 4, 256)
+from nvfp4_ops.kernels.launch.permute_rows import PermuteConfig
+from nvfp4_ops.kernels.launch.tensors import WORD_BYTES
+from nvfp4_ops.kernels.memory import follow_previous_kernel
 
 
 @cute.jit
@@ -173,30 +131,3 @@ class PermuteKernel:
 def build(config: PermuteConfig, options: str = "") -> Callable[..., None]:
     """Compile for ``CUTE_DSL_ARCH`` or the present GPU; called with a torch tensor and numbers."""
     return PermuteKernel(config).compile(options)
-
-
-def launch_permute(
-    *, x: Tensor, token_of_row: Tensor, out: Tensor, get_compiled: GetCompiled
-) -> None:
-    """out[r] = x[token_of_row[r]], zeros where that is -1.
-
-    x: (T, C) any dtype, T and C >= 1, stride 1 along C. token_of_row: (R,) int32, contiguous,
-    R >= 1. out: (R, C) of the dtype of x, contiguous.
-    get_compiled: from a ``PermuteConfig`` to what ``build`` returns for it.
-    """
-    row_bytes = x.shape[1] * x.itemsize
-    # The stride of a single row means nothing.
-    stride_bytes = x.stride(0) * x.itemsize if x.shape[0] > 1 else row_bytes
-    source, target = x.data_ptr(), out.data_ptr()
-    together = row_bytes | stride_bytes | source | target
-    access_bytes = next(width for width in (VECTOR_BYTES, WORD_BYTES, 1) if together % width == 0)
-    vectors_per_row, num_rows = row_bytes // access_bytes, token_of_row.shape[0]
-    config = choose_config(access_bytes, num_rows * vectors_per_row, num_multiprocessors(x.device))
-    get_compiled(config)(
-        token_of_row,
-        source,
-        stride_bytes,
-        target,
-        vectors_per_row,
-        max(1, MAX_VECTORS // vectors_per_row),
-    )

@@ -5,26 +5,23 @@ are being quantized: both ends are NVFP4.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import cuda.bindings.driver as cuda_driver
 import cutlass
 import cutlass.cute as cute
-import torch
 from cutlass import Int32, Int64, Uint8, Uint16, Uint32
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
-from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
-from nvfp4_ops.kernels.memory import WARP, WORD_BYTES, GetCompiled, bytes_at, vector_at
+from nvfp4_ops.kernels.launch.prepack_kernel_sm90 import PrepackConfig
+from nvfp4_ops.kernels.launch.tensors import WARP, WORD_BYTES
+from nvfp4_ops.kernels.memory import bytes_at, vector_at
 from nvfp4_ops.kernels.prepack_sm90 import (
     BIT_POSITIONS,
     BLOCK_BYTES,
     BLOCK_COLUMNS,
     BLOCK_ROWS,
     CODE_BYTES,
-    GATED_RANK,
     SIGN_IN_OTHER_HALF,
 )
 
@@ -183,19 +180,6 @@ def _transpose_bytes(word: Uint32, lane: Int32) -> Uint32:
             read_only_args=[word, other, selector],
         )
     return word
-
-
-@dataclass(frozen=True)
-class PrepackConfig:
-    """Static configuration.
-
-    direction: which way. gated: order of the rows (see prepack_sm90).
-    sf_words: rows of block scales are whole 32-bit words, aligned; else they are moved as bytes.
-    """
-
-    direction: Literal["prepack", "unpack"]
-    gated: bool
-    sf_words: bool
 
 
 class PrepackSm90:
@@ -419,38 +403,3 @@ def build(config: PrepackConfig, options: str = "") -> Callable[..., None]:
         make_fake_stream(use_tvm_ffi_env_stream=True),
         options=f"--enable-tvm-ffi {options}",
     )
-
-
-def _launch(
-    direction: Literal["prepack", "unpack"],
-    codes: Tensor,
-    block_scale: Tensor,
-    packed: Tensor,
-    get_compiled: GetCompiled,
-) -> None:
-    if codes.numel() == 0:
-        return
-    gated = packed.ndim == GATED_RANK
-    sf = block_scale.view(torch.uint8)
-    sf_words = sf.shape[-1] % WORD_BYTES == 0 and sf.data_ptr() % WORD_BYTES == 0
-    blocks = packed.flatten(1, 2) if gated else packed
-    get_compiled(PrepackConfig(direction, gated, sf_words))(codes, sf, blocks)
-
-
-def launch_prepack(
-    *, codes: Tensor, block_scale: Tensor, packed: Tensor, get_compiled: GetCompiled
-) -> None:
-    """packed = prepack(codes, block_scale), every byte of it written.
-
-    codes: (E, N, K/2) uint8, contiguous, 8-byte aligned. block_scale: (E, N, K/16) float8_e4m3fn,
-    contiguous. packed: of ``prepacked_shape``, whose rank says whether gate and up rows are paired.
-    get_compiled: from a ``PrepackConfig`` to what ``build`` returns for it.
-    """
-    _launch("prepack", codes, block_scale, packed, get_compiled)
-
-
-def launch_unpack(
-    *, packed: Tensor, codes: Tensor, block_scale: Tensor, get_compiled: GetCompiled
-) -> None:
-    """codes, block_scale = unpack(packed), every byte of both written; else as above."""
-    _launch("unpack", codes, block_scale, packed, get_compiled)

@@ -5,28 +5,25 @@ kernel is bound by memory; ``blocks`` has its arithmetic.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from typing import Literal
 
 import cuda.bindings.driver as cuda_driver
 import cutlass
 import cutlass.cute as cute
-import torch
 from cutlass import Float32, Int32, Int64, Uint8, Uint32
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
-from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
 from nvfp4_ops.kernels.blocks import BlockQuantizer, encode_scales
-from nvfp4_ops.kernels.limits import num_multiprocessors
+from nvfp4_ops.kernels.launch.quantize_rows import (
+    BLOCKS_PER_LANE,
+    LINEAR_COLS,
+    LINEAR_LANES,
+    SWIZZLED_COLS,
+    SWIZZLED_LANES,
+    QuantizeConfig,
+)
+from nvfp4_ops.kernels.launch.tensors import CODE_BYTES, VALUE_BYTES, VECTOR_BYTES, WARP, WORD_BYTES
 from nvfp4_ops.kernels.memory import (
-    CODE_BYTES,
-    VALUE_BYTES,
-    VECTOR_BYTES,
-    WARP,
-    WORD_BYTES,
-    GetCompiled,
     bytes_at,
     fake_codes,
     fake_offs,
@@ -37,58 +34,8 @@ from nvfp4_ops.kernels.memory import (
     follow_previous_kernel,
     store_block,
     store_words,
-    why_no_rows,
 )
-from nvfp4_ops.kernels.ragged import (
-    ROW_GROUPS,
-    RaggedTiles,
-    check_num_experts,
-    locate_ragged_tile,
-    locate_tile,
-    tiles_view,
-    warp_upper_bound,
-)
-
-# Blocks that a lane has in flight: while it quantizes one, the next ones are on their way.
-BLOCKS_PER_LANE = 2
-# Lanes side by side in a row. Swizzled, a warp has a line of each tile it meets: a row of each
-# group of 32, so that a line's 16 scale bytes are stored at once.
-LINEAR_LANES, SWIZZLED_LANES = WARP, WARP // ROW_GROUPS
-LINEAR_COLS, SWIZZLED_COLS = BLOCKS_PER_LANE * LINEAR_LANES, BLOCKS_PER_LANE * SWIZZLED_LANES
-
-# CTAs a multiprocessor from which on it is better to give a warp more steps than to add CTAs.
-CTAS_PER_SM = 8
-# Of CTAs that walk ragged lines, how many for each one that is resident: the second half evens out
-# what the first has drawn.
-WAVES = 2
-
-Scale = Literal["tensor", "row", "expert"]
-
-
-@dataclass(frozen=True)
-class QuantizeConfig:
-    """activation, limit: applied to x first; a gated activation reads 2 K columns.
-
-    values: write e2m1 * block scale in bf16, linear, instead of codes and block scales. gather:
-    row r is made of the row of x that ``token_of_row[r]`` names; of values only.
-    """
-
-    dtype: torch.dtype
-    scale: Scale
-    swizzled: bool
-    ragged: bool
-    activation: str = "none"
-    limit: float | None = None
-    values: bool = False
-    gather: bool = False
-    threads: int = 128
-
-    @property
-    def resident_ctas(self) -> int:
-        """CTAs that a multiprocessor holds at once: 64 registers a thread are enough for blocks of
-        16-bit elements, fp32 and an activation take twice as many each. Left to itself, ptxas takes
-        fewer, and puts loads next to their uses."""
-        return 8 * 2 // self.dtype.itemsize // (1 if self.activation == "none" else 2)
+from nvfp4_ops.kernels.ragged import RaggedTiles, locate_ragged_tile, locate_tile, warp_upper_bound
 
 
 class QuantizeKernel:
@@ -409,114 +356,3 @@ class QuantizeKernel:
 def build(config: QuantizeConfig, options: str = "") -> Callable[..., None]:
     """Compile for ``CUTE_DSL_ARCH`` or the present GPU; called with torch tensors."""
     return QuantizeKernel(config).compile(options)
-
-
-@cache
-def choose_col_warps(num_sf_cols: int, warps: int) -> int:
-    """Warps side by side in a line: of those that waste the fewest, the most, up to half of all.
-
-    The other half has the next line, which shares sectors of 32 bytes with it.
-
-    >>> [choose_col_warps(cols, 8) for cols in (8, 16, 48, 180, 448)]
-    [1, 1, 1, 4, 4]
-    """
-
-    def rank(col_warps: int) -> tuple[int, int]:
-        steps = nvfp4.ceil_div(num_sf_cols, col_warps * SWIZZLED_COLS)
-        return steps * col_warps, -col_warps
-
-    return min((1 << i for i in range(max(1, warps.bit_length() - 1))), key=rank)
-
-
-def choose_grid(
-    config: QuantizeConfig, rows: int, cols: int, row_tiles: int, multiprocessors: int
-) -> tuple[int, int, int]:
-    """(CTAs along rows, CTAs along column steps, warps side by side)."""
-    warps = config.threads // WARP
-    if not config.swizzled:
-        grid_rows, col_warps = nvfp4.ceil_div(rows, warps), 1
-        num_steps = nvfp4.ceil_div(cols, LINEAR_COLS)
-    else:
-        num_sf_cols = nvfp4.ceil_div(cols, nvfp4.SWIZZLE_TILE_COLS) * nvfp4.SWIZZLE_TILE_COLS
-        col_warps = choose_col_warps(num_sf_cols, warps)
-        grid_rows = nvfp4.ceil_div(row_tiles * nvfp4.SWIZZLE_LINES, warps // col_warps)
-        num_steps = nvfp4.ceil_div(num_sf_cols, col_warps * SWIZZLED_COLS)
-    # A row's steps go to CTAs of their own while there are multiprocessors to spare.
-    grid_steps = min(num_steps, max(1, CTAS_PER_SM * multiprocessors // grid_rows))
-    if config.swizzled and config.ragged:
-        walking = WAVES * config.resident_ctas * multiprocessors
-        grid_rows = min(grid_rows, walking)
-        grid_steps = min(grid_steps, max(1, walking // grid_rows))
-    return grid_rows, grid_steps, col_warps
-
-
-def _scale_of(global_scale: Tensor, offs: Tensor | None) -> Scale:
-    if global_scale.ndim == 0:
-        return "tensor"
-    return "expert" if global_scale.ndim == 1 and offs is not None else "row"
-
-
-def launch_quantize(
-    *,
-    x: Tensor,
-    global_scale: Tensor,
-    offs: Tensor | None,
-    codes: Tensor,
-    block_scale: Tensor,
-    get_compiled: GetCompiled,
-    activation: str = "none",
-    limit: float | None = None,
-) -> None:
-    """codes, block_scale = quantize_nvfp4(act(x), global_scale, offs), every byte of both written.
-
-    x: (R, K), with a gated activation (R, 2 K), with ``why_no_rows(x)`` None. global_scale: fp32 ()
-    or (1,), with offs (E,), else (R,) or (R, 1), contiguous. offs: (E,) int32 or None. codes:
-    (R, K / 2) uint8, contiguous. block_scale: one byte elements, contiguous; rank 2 is linear,
-    rank 4 swizzled. get_compiled: from a ``QuantizeConfig`` to what ``build`` returns for it.
-    """
-    check_num_experts(offs)
-    reason = why_no_rows(x)
-    if reason is not None:
-        raise ValueError(f"x: {reason}")
-    if block_scale.numel() == 0:
-        return
-    swizzled = block_scale.ndim == 4
-    scale = _scale_of(global_scale, offs)
-    config = QuantizeConfig(x.dtype, scale, swizzled, offs is not None, activation, limit)
-    sf = tiles_view(block_scale) if swizzled else block_scale.view(torch.uint8)
-    cols = codes.shape[1] // CODE_BYTES
-    grid = choose_grid(config, x.shape[0], cols, sf.shape[0], num_multiprocessors(x.device))
-    get_compiled(config)(x, global_scale.view(-1), offs, None, codes, sf, *grid)
-
-
-def launch_round(
-    *,
-    x: Tensor,
-    global_scale: Tensor,
-    offs: Tensor | None,
-    token_of_row: Tensor | None,
-    out: Tensor,
-    get_compiled: GetCompiled,
-) -> None:
-    """out = round_nvfp4(x, global_scale, offs, token_of_row), every byte written.
-
-    As ``launch_quantize``, but for token_of_row: (R,) int32, contiguous, or None; and out: (R, K)
-    bf16, contiguous. The global scale is of the rows of out.
-    """
-    check_num_experts(offs)
-    reason = why_no_rows(x)
-    if reason is not None:
-        raise ValueError(f"x: {reason}")
-    if out.numel() == 0:
-        return
-    config = QuantizeConfig(
-        x.dtype,
-        _scale_of(global_scale, offs),
-        swizzled=False,
-        ragged=offs is not None,
-        values=True,
-        gather=token_of_row is not None,
-    )
-    cols = nvfp4.num_blocks(out.shape[1])
-    grid = choose_grid(config, out.shape[0], cols, 0, num_multiprocessors(x.device))
-    get_compiled(config)(x, global_scale.view(-1), offs, token_of_row, out, None, *grid)

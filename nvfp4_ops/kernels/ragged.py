@@ -5,16 +5,11 @@ Swizzled, each expert starts on a tile of 128 rows of its own.
 
 import cutlass
 import cutlass.cute as cute
-import torch
 from cutlass import Int32
-from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
+from nvfp4_ops.kernels.launch.tensors import WARP
 from nvfp4_ops.kernels.limits import MAX_EXPERTS
-from nvfp4_ops.kernels.memory import WARP
-
-# Rows of a tile that share a line: one in each group of 32.
-ROW_GROUPS = nvfp4.SWIZZLE_LINE_BYTES // nvfp4.SWIZZLE_TILE_COLS
 
 
 @cute.jit
@@ -138,14 +133,3 @@ def locate_tile(rows_per_expert: Int32, tile: Int32):
     row = (tile - expert * tiles_per_expert) * nvfp4.SWIZZLE_TILE_ROWS
     count = cutlass.min(rows_per_expert - row, Int32(nvfp4.SWIZZLE_TILE_ROWS))
     return expert, expert * rows_per_expert + row, count
-
-
-def tiles_view(swizzled: Tensor) -> Tensor:
-    """(row tiles, column tiles, 32, 16) scales as (row tiles, column tiles, 512) bytes."""
-    row_tiles, col_tiles, *_ = swizzled.shape
-    return swizzled.view(torch.uint8).view(row_tiles, col_tiles, nvfp4.SWIZZLE_TILE_BYTES)
-
-
-def check_num_experts(offs: Tensor | None) -> None:
-    if offs is not None and offs.shape[0] > MAX_EXPERTS:
-        raise ValueError(f"offs: the kernel takes at most {MAX_EXPERTS}, got {offs.shape[0]}")

@@ -9,8 +9,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Int32
 
+from nvfp4_ops.kernels.launch.tensors import WARP
 from nvfp4_ops.kernels.limits import MAX_EXPERTS
-from nvfp4_ops.kernels.memory import WARP
 
 
 class RaggedTileList:

@@ -4,53 +4,28 @@ Portable CuTe DSL. Not for computing scales: ``quantize_rows`` writes this layou
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import cuda.bindings.driver as cuda_driver
 import cutlass
 import cutlass.cute as cute
-import torch
 from cutlass import Int32, Int64, Uint8, Uint32
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
-from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
+from nvfp4_ops.kernels.launch.swizzle_sf import LANES_ACROSS, SwizzleConfig
+from nvfp4_ops.kernels.launch.tensors import ROW_GROUPS, VECTOR_BYTES, WARP, WORD_BYTES
 from nvfp4_ops.kernels.memory import (
-    VECTOR_BYTES,
-    WARP,
-    WORD_BYTES,
-    GetCompiled,
     bytes_at,
     fake_offs,
     fake_swizzled,
     follow_previous_kernel,
     vector_at,
 )
-from nvfp4_ops.kernels.ragged import (
-    ROW_GROUPS,
-    RaggedTiles,
-    check_num_experts,
-    locate_ragged_tile,
-    locate_tile,
-    tiles_view,
-)
+from nvfp4_ops.kernels.ragged import RaggedTiles, locate_ragged_tile, locate_tile
 
 COL_TILES_PER_LANE = VECTOR_BYTES // nvfp4.SWIZZLE_TILE_COLS
-# Four lanes side by side read 64 contiguous bytes of a row, and eight lanes below each other write
-# 128 contiguous bytes of a tile: whole sectors on both sides.
-LANES_ACROSS = 4
 LINES_PER_WARP = WARP // LANES_ACROSS
 WARPS_PER_TILE = nvfp4.SWIZZLE_LINES // LINES_PER_WARP
-
-
-@dataclass(frozen=True)
-class SwizzleConfig:
-    direction: Literal["swizzle", "unswizzle"]
-    ragged: bool
-    row_align: Literal[1, 4, 16]
-    """Bytes that divide the length and the address of each linear row: the widest access."""
-    threads: int = 128
 
 
 class SwizzleKernel:
@@ -232,58 +207,3 @@ class SwizzleKernel:
 def build(config: SwizzleConfig, options: str = "") -> Callable[..., None]:
     """Compile for ``CUTE_DSL_ARCH`` or the present GPU; called with torch tensors."""
     return SwizzleKernel(config).compile(options)
-
-
-def choose_threads(num_cols: int) -> int:
-    """Four warps for each 64 columns, up to four times: a CTA has whole rows of up to 256 bytes.
-
-    Those of a row tile are contiguous on both sides. CTAs of a part of them each come back to the
-    same pages of memory when all row tiles are through.
-
-    >>> [choose_threads(num_cols) for num_cols in (1, 64, 65, 256, 448)]
-    [128, 128, 512, 512, 512]
-    """
-    return 128 if num_cols <= LANES_ACROSS * VECTOR_BYTES else 512
-
-
-def row_alignment(linear: Tensor) -> int:
-    """Widest of 16, 4, 1 bytes that divides the length and the address of every row."""
-    for width in (VECTOR_BYTES, WORD_BYTES):
-        if linear.shape[-1] % width == 0 and linear.data_ptr() % width == 0:
-            return width
-    return 1
-
-
-def _launch(
-    direction: Literal["swizzle", "unswizzle"],
-    linear: Tensor,
-    swizzled: Tensor,
-    offs: Tensor | None,
-    get_compiled: GetCompiled,
-) -> None:
-    check_num_experts(offs)
-    if linear.shape[-1] == 0 or linear.numel() == swizzled.numel() == 0:
-        return
-    rows = linear.view(torch.uint8).view(-1, linear.shape[-1])
-    threads = choose_threads(rows.shape[1])
-    config = SwizzleConfig(direction, offs is not None, row_alignment(rows), threads)
-    get_compiled(config)(rows, tiles_view(swizzled), offs, linear.shape[-2])
-
-
-def launch_swizzle(
-    *, sf: Tensor, offs: Tensor | None, swizzled: Tensor, get_compiled: GetCompiled
-) -> None:
-    """swizzled = swizzle_sf(sf, offs), every byte of it written.
-
-    sf: (R, C) or (E, N, C) float8_e4m3fn or uint8, contiguous. offs: (E,) int32 or None.
-    swizzled: (row tiles, ceil(C / 4), 32, 16) of one byte elements, contiguous.
-    get_compiled: from a ``SwizzleConfig`` to what ``build`` returns for it.
-    """
-    _launch("swizzle", sf, swizzled, offs, get_compiled)
-
-
-def launch_unswizzle(
-    *, swizzled: Tensor, offs: Tensor | None, sf: Tensor, get_compiled: GetCompiled
-) -> None:
-    """sf = unswizzle_sf(swizzled, sf.shape, offs), every byte of it written; else as above."""
-    _launch("unswizzle", sf, swizzled, offs, get_compiled)

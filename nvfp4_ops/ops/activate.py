@@ -1,12 +1,18 @@
 """activate_and_quantize_nvfp4: what lies between the two projections, in one pass."""
 
-import torch
 from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
-from nvfp4_ops import kernels, reference
+from nvfp4_ops import reference
 from nvfp4_ops.activation import Activation
-from nvfp4_ops.ops.quantize import FLOAT_DTYPES, check_row_scale, quantized_shapes
+from nvfp4_ops.ops.quantize import (
+    FLOAT_DTYPES,
+    check_row_scale,
+    empty_quantized,
+    plan_quantize,
+    quantized_shapes,
+)
+from nvfp4_ops.plans import Run
 from nvfp4_ops.registry import (
     check_dtype,
     check_multiple,
@@ -33,13 +39,12 @@ def check_activated(
     return act
 
 
-def empty_quantized(
+def empty_activated(
     x: Tensor, offs: Tensor | None, act: Activation, swizzled: bool
 ) -> tuple[Tensor, Tensor]:
     """Codes and block scales of the activated rows of x."""
     k = x.shape[1] // 2 if act.gated else x.shape[1]
-    codes, sf = quantized_shapes(x.shape[0], k, offs, swizzled)
-    return x.new_empty(codes, dtype=torch.uint8), x.new_empty(sf, dtype=torch.float8_e4m3fn)
+    return empty_quantized(x, *quantized_shapes(x.shape[0], k, offs, swizzled))
 
 
 def _check(
@@ -60,10 +65,22 @@ def _fake(
     swizzled: bool = False,
 ) -> tuple[Tensor, Tensor]:
     act = _check(x, global_scale, offs, activation, limit)
-    return empty_quantized(x, offs, act, swizzled)
+    return empty_activated(x, offs, act, swizzled)
 
 
-def _kernel(
+def _plan(
+    x: Tensor,
+    global_scale: Tensor,
+    offs: Tensor | None,
+    activation: str,
+    limit: float | None = None,
+    swizzled: bool = False,
+) -> Run | None:
+    act = _check(x, global_scale, offs, activation, limit)
+    return plan_quantize(x, global_scale, offs, act, swizzled)
+
+
+def _reference(
     x: Tensor,
     global_scale: Tensor,
     offs: Tensor | None,
@@ -71,22 +88,16 @@ def _kernel(
     limit: float | None = None,
     swizzled: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    act = _check(x, global_scale, offs, activation, limit)
-    num_experts = 1 if offs is None else offs.shape[0]
-    if not x.is_cuda or kernels.why_no_elementwise(x, num_experts) is not None:
-        return reference.activate_and_quantize_nvfp4(x, global_scale, act, offs, swizzled)
-    codes, block_scale = empty_quantized(x, offs, act, swizzled)
-    kernels.quantize(
-        x, global_scale, offs, codes, block_scale, activation=act.name, limit=act.limit
-    )
-    return codes, block_scale
+    act = Activation(activation, limit)
+    return reference.activate_and_quantize_nvfp4(x, global_scale, act, offs, swizzled)
 
 
 _op = register(
     "activate_and_quantize_nvfp4(Tensor x, Tensor global_scale, Tensor? offs, str activation,"
     " float? limit=None, bool swizzled=False) -> (Tensor, Tensor)",
     fake=_fake,
-    kernel=_kernel,
+    kernel=_reference,
+    plan=_plan,
 )
 
 

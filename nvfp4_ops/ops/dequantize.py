@@ -6,6 +6,7 @@ from torch import Tensor
 from nvfp4_ops import format as nvfp4
 from nvfp4_ops import kernels, reference
 from nvfp4_ops.ops.quantize import FLOAT_DTYPES, check_row_scale
+from nvfp4_ops.plans import Run
 from nvfp4_ops.registry import (
     check_dtype,
     check_multiple,
@@ -57,8 +58,9 @@ def _check(
 
 
 def _empty(codes: Tensor, dtype: torch.dtype | None) -> Tensor:
-    shape = (*codes.shape[:-1], codes.shape[-1] * nvfp4.CODES_PER_BYTE)
-    return codes.new_empty(shape, dtype=dtype or torch.float32)
+    *lead, packed_k = codes.shape
+    k = packed_k * nvfp4.CODES_PER_BYTE
+    return codes.new_empty(*lead, k, dtype=dtype or torch.float32)
 
 
 def _fake(
@@ -72,29 +74,52 @@ def _fake(
     return _empty(codes, dtype)
 
 
-def _kernel(
+def _plan(
+    codes: Tensor,
+    block_scale: Tensor,
+    global_scale: Tensor,
+    offs: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Run | None:
+    _check(codes, block_scale, global_scale, offs, dtype)
+    num_experts = 1 if offs is None else offs.shape[0]
+    if not codes.is_cuda or kernels.why_no_elementwise(codes, num_experts) is not None:
+        return None
+    launch = kernels.prepare_dequantize(
+        codes, block_scale, global_scale, offs, dtype or torch.float32
+    )
+
+    def run(
+        codes: Tensor,
+        block_scale: Tensor,
+        global_scale: Tensor,
+        offs: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        out = _empty(codes, dtype)
+        launch(codes, block_scale, global_scale, offs, out)
+        return out
+
+    return run
+
+
+def _reference(
     codes: Tensor,
     block_scale: Tensor,
     global_scale: Tensor,
     offs: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    _check(codes, block_scale, global_scale, offs, dtype)
-    num_experts = 1 if offs is None else offs.shape[0]
-    if not codes.is_cuda or kernels.why_no_elementwise(codes, num_experts) is not None:
-        return reference.dequantize_nvfp4(
-            codes, block_scale, global_scale, offs, dtype=dtype or torch.float32
-        )
-    out = _empty(codes, dtype)
-    kernels.dequantize(codes, block_scale, global_scale, offs, out)
-    return out
+    dtype = dtype or torch.float32
+    return reference.dequantize_nvfp4(codes, block_scale, global_scale, offs, dtype=dtype)
 
 
 _op = register(
     "dequantize_nvfp4(Tensor codes, Tensor block_scale, Tensor global_scale, Tensor? offs=None,"
     " ScalarType? dtype=None) -> Tensor",
     fake=_fake,
-    kernel=_kernel,
+    kernel=_reference,
+    plan=_plan,
 )
 
 

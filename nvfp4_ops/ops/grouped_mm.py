@@ -1,6 +1,7 @@
 """grouped_scaled_mm: ragged rows times the NVFP4 weight of their expert."""
 
 import warnings
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from nvfp4_ops import kernels, reference
 from nvfp4_ops.activation import Activation
 from nvfp4_ops.ops.quantize import FLOAT_DTYPES
 from nvfp4_ops.ops.swizzle import unswizzle_sf
+from nvfp4_ops.plans import Run
 from nvfp4_ops.registry import (
     check_dtype,
     check_multiple,
@@ -189,17 +191,27 @@ def _warn_of_reference(reason: str) -> None:
     )
 
 
-def _kernel(*args: Any) -> Tensor:
+def _plan(*args: Any) -> Run | None:
     arguments = _Arguments.parse(args)
     act = Activation(arguments.activation, arguments.limit)
     _check(arguments, act)
-    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, *_ = arguments
-    if a.is_cuda:
-        dtype = a.dtype if sf_a is None else torch.bfloat16
-        reason = kernels.why_no_grouped_mm(a.device, b.shape[0], dtype, out_dtype)
-        if reason is None:
-            return _run_kernel(arguments, act)
+    a, b = arguments.a, arguments.b
+    if not a.is_cuda:
+        return None
+    dtype = a.dtype if arguments.sf_a is None else torch.bfloat16
+    reason = kernels.why_no_grouped_mm(a.device, b.shape[0], dtype, arguments.out_dtype)
+    if reason is not None:
         _warn_of_reference(reason)
+        return None
+    if a.shape[0] == 0:
+        shape, out_dtype = _shape(arguments, act), arguments.out_dtype
+        return lambda a, *_: a.new_empty(*shape, dtype=out_dtype)
+    return _plan_kernel(arguments, act)
+
+
+def _reference(*args: Any) -> Tensor:
+    arguments = _Arguments.parse(args)
+    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, activation, limit, out_dtype, *_ = arguments
     if sf_b is None:
         b, sf_b = kernels.unpack(b, arguments.n, arguments.k)
     return reference.grouped_scaled_mm(
@@ -211,44 +223,89 @@ def _kernel(*args: Any) -> Tensor:
         offs,
         row_scale=row_scale,
         bias=bias,
-        activation=act,
+        activation=Activation(activation, limit),
         out_dtype=out_dtype,
     )
 
 
-def _run_kernel(arguments: _Arguments, act: Activation) -> Tensor:
+def _plan_kernel(arguments: _Arguments, act: Activation) -> Run:
     """The GPU's kernel, after what it does not do itself."""
     a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, *_ = arguments
-    n, k = arguments.n, arguments.k
-    if sf_a is not None:
-        # Every e2m1 * e4m3 product is exact in bf16.
-        decoded = a.new_empty((a.shape[0], k), dtype=torch.bfloat16)
-        kernels.dequantize(a, sf_a, None, offs, decoded)
-        a = decoded
+    num_rows, n, k = a.shape[0], arguments.n, arguments.k
+    packed_shape: tuple[int, ...] = b.shape
     if sf_b is not None:
-        if sf_b.ndim == 4:
-            sf_b = unswizzle_sf(sf_b, (b.shape[0], n, nvfp4.num_blocks(k)))
-        b = kernels.prepack(b, sf_b, gated=act.gated)
+        packed_shape = kernels.prepacked_shape(b.shape[0], n, k, gated=act.gated)
     # A gated activation is fused where its weights are prepacked for it, others always.
-    fused = act if b.ndim == kernels.GATED_RANK or not act.gated else Activation()
-    out = a.new_empty(
-        (a.shape[0], n // 2 if fused.gated else n),
-        dtype=out_dtype if fused == act else torch.float32,
-    )
-    kernels.grouped_mm(
-        a.contiguous(),
-        b,
-        offs,
-        alpha.contiguous(),
-        out,
-        row_scale=None if row_scale is None else row_scale.reshape(-1),
-        bias=None if bias is None else bias.float().contiguous(),
+    fused = act if len(packed_shape) == kernels.GATED_RANK or not act.gated else Activation()
+    is_complete = fused == act
+    out_shape = (num_rows, n // 2 if fused.gated else n)
+    mm_dtype = out_dtype if is_complete else torch.float32
+    rows_of = _plan_rows(a, sf_a, offs, k)
+    launch = kernels.prepare_grouped_mm(
+        num_rows,
+        packed_shape,
+        alpha.shape,
+        out_shape[1],
+        a.device,
+        out_fp32=mm_dtype == torch.float32,
+        row_scale=row_scale is not None,
+        bias=bias is not None,
         activation=fused.name,
         limit=fused.limit,
-        early_weights=arguments.early_weights,
+        # What is packed by this very call is not complete before.
+        early_weights=arguments.early_weights and sf_b is None,
     )
-    # The activation sees the unrounded sums, as the contract says.
-    return out if fused == act else activations.apply(act, out).to(out_dtype)
+
+    def run(
+        a: Tensor,
+        b: Tensor,
+        sf_a: Tensor | None,
+        sf_b: Tensor | None,
+        alpha: Tensor,
+        offs: Tensor,
+        row_scale: Tensor | None = None,
+        bias: Tensor | None = None,
+        *_: object,
+    ) -> Tensor:
+        out = a.new_empty(*out_shape, dtype=mm_dtype)
+        launch(
+            rows_of(a, sf_a, offs),
+            b if sf_b is None else _prepack(b, sf_b, n, k, act),
+            offs,
+            alpha.contiguous(),
+            None if row_scale is None else row_scale.reshape(-1),
+            None if bias is None else bias.float().contiguous(),
+            out,
+        )
+        # The activation sees the unrounded sums, as the contract says.
+        return out if is_complete else activations.apply(act, out).to(out_dtype)
+
+    return run
+
+
+def _plan_rows(
+    a: Tensor, sf_a: Tensor | None, offs: Tensor, k: int
+) -> Callable[[Tensor, Tensor | None, Tensor], Tensor]:
+    """From a and sf_a to the rows that the kernel multiplies."""
+    if sf_a is None:
+        return lambda a, sf_a, offs: a.contiguous()
+    shape = (a.shape[0], k)
+    launch = kernels.prepare_dequantize(a, sf_a, None, offs, torch.bfloat16)
+
+    def decode(a: Tensor, sf_a: Tensor | None, offs: Tensor) -> Tensor:
+        # Every e2m1 * e4m3 product is exact in bf16.
+        rows = a.new_empty(*shape, dtype=torch.bfloat16)
+        launch(a, sf_a, None, offs, rows)
+        return rows
+
+    return decode
+
+
+def _prepack(b: Tensor, sf_b: Tensor, n: int, k: int, act: Activation) -> Tensor:
+    """Canonical weights, anew for every call."""
+    if sf_b.ndim == 4:
+        sf_b = unswizzle_sf(sf_b, (b.shape[0], n, nvfp4.num_blocks(k)))
+    return kernels.prepack(b, sf_b, gated=act.gated)
 
 
 _op = register(
@@ -257,7 +314,8 @@ _op = register(
     " ScalarType? out_dtype=None, SymInt? num_columns=None,"
     " bool early_weights=False) -> Tensor",
     fake=_fake,
-    kernel=_kernel,
+    kernel=_reference,
+    plan=_plan,
 )
 
 

@@ -6,8 +6,10 @@ from torch import Tensor
 from nvfp4_ops import activation as activations
 from nvfp4_ops import kernels, reference
 from nvfp4_ops.activation import Activation
-from nvfp4_ops.ops.activate import check_activated, empty_quantized
+from nvfp4_ops.ops.activate import check_activated, empty_activated
+from nvfp4_ops.ops.quantize import empty_scale, global_scale, quantize_nvfp4
 from nvfp4_ops.ops.swizzle import swizzle_sf
+from nvfp4_ops.plans import Run
 from nvfp4_ops.registry import register
 
 
@@ -25,41 +27,63 @@ def _fake(
     swizzled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     act = _check(x, offs, activation, limit)
-    row_scale = x.new_empty((x.shape[0], 1), dtype=torch.float32)
-    return *empty_quantized(x, offs, act, swizzled), row_scale
+    return *empty_activated(x, offs, act, swizzled), empty_scale(x, per_token=True)
 
 
-def _kernel(
+def _plan(
+    x: Tensor,
+    offs: Tensor | None = None,
+    activation: str = "none",
+    limit: float | None = None,
+    swizzled: bool = False,
+) -> Run | None:
+    act = _check(x, offs, activation, limit)
+    num_experts = 1 if offs is None else offs.shape[0]
+    if not x.is_cuda or kernels.why_no_elementwise(x, num_experts) is not None:
+        return None
+    k = x.shape[1] // 2 if act.gated else x.shape[1]
+    launch = kernels.prepare_quantize_per_token(x, offs, k=k, activation=act.name, limit=act.limit)
+
+    def run(x: Tensor, offs: Tensor | None = None, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+        if launch is None:
+            codes, block_scale, row_scale = _in_several_passes(x, offs, act)
+        else:
+            codes, block_scale = empty_activated(x, offs, act, False)
+            row_scale = empty_scale(x, per_token=True)
+            launch(x, offs, codes, block_scale, row_scale)
+        return codes, swizzle_sf(block_scale, offs) if swizzled else block_scale, row_scale
+
+    return run
+
+
+def _in_several_passes(
+    x: Tensor, offs: Tensor | None, act: Activation
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For rows that are too long for the kernel."""
+    y = x if act.name == "none" else activations.apply(act, x.float()).to(x.dtype)
+    row_scale = global_scale(y, per_token=True)
+    if offs is not None:
+        rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+        row_scale = torch.where(rows < offs[-1], row_scale, 1.0)
+    return *quantize_nvfp4(y, row_scale, offs), row_scale
+
+
+def _reference(
     x: Tensor,
     offs: Tensor | None = None,
     activation: str = "none",
     limit: float | None = None,
     swizzled: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    act = _check(x, offs, activation, limit)
-    num_experts = 1 if offs is None else offs.shape[0]
-    if not x.is_cuda or kernels.why_no_elementwise(x, num_experts) is not None:
-        return reference.quantize_per_token_nvfp4(x, act, offs, swizzled)
-    codes, block_scale = empty_quantized(x, offs, act, False)
-    row_scale = x.new_empty((x.shape[0], 1), dtype=torch.float32)
-    one_pass = kernels.quantize_per_token(
-        x, offs, codes, block_scale, row_scale, activation=act.name, limit=act.limit
-    )
-    if not one_pass:
-        y = x if act.name == "none" else activations.apply(act, x.float()).to(x.dtype)
-        kernels.global_scale(y, row_scale)
-        if offs is not None:
-            rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
-            row_scale = torch.where(rows < offs[-1], row_scale, 1.0)
-        kernels.quantize(y, row_scale, offs, codes, block_scale)
-    return codes, swizzle_sf(block_scale, offs) if swizzled else block_scale, row_scale
+    return reference.quantize_per_token_nvfp4(x, Activation(activation, limit), offs, swizzled)
 
 
 _op = register(
     'quantize_per_token_nvfp4(Tensor x, Tensor? offs=None, str activation="none",'
     " float? limit=None, bool swizzled=False) -> (Tensor, Tensor, Tensor)",
     fake=_fake,
-    kernel=_kernel,
+    kernel=_reference,
+    plan=_plan,
 )
 
 

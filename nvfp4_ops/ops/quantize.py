@@ -5,6 +5,8 @@ from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
 from nvfp4_ops import kernels, reference
+from nvfp4_ops.activation import Activation
+from nvfp4_ops.plans import Run
 from nvfp4_ops.registry import (
     check_dtype,
     check_multiple,
@@ -65,29 +67,60 @@ def _fake(
     x: Tensor, global_scale: Tensor, offs: Tensor | None = None, swizzled: bool = False
 ) -> tuple[Tensor, Tensor]:
     _check(x, global_scale, offs)
-    codes, sf = quantized_shapes(x.shape[0], x.shape[1], offs, swizzled)
-    return x.new_empty(codes, dtype=torch.uint8), x.new_empty(sf, dtype=torch.float8_e4m3fn)
+    return empty_quantized(x, *quantized_shapes(x.shape[0], x.shape[1], offs, swizzled))
 
 
-def _kernel(
-    x: Tensor, global_scale: Tensor, offs: Tensor | None = None, swizzled: bool = False
+def empty_quantized(
+    x: Tensor, codes_shape: tuple[int, ...], sf_shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
+    """Codes and block scales, on the device of x."""
+    return (
+        x.new_empty(*codes_shape, dtype=torch.uint8),
+        x.new_empty(*sf_shape, dtype=torch.float8_e4m3fn),
+    )
+
+
+def _plan(
+    x: Tensor, global_scale: Tensor, offs: Tensor | None = None, swizzled: bool = False
+) -> Run | None:
     _check(x, global_scale, offs)
+    return plan_quantize(x, global_scale, offs, Activation(), swizzled)
+
+
+def plan_quantize(
+    x: Tensor, global_scale: Tensor, offs: Tensor | None, act: Activation, swizzled: bool
+) -> Run | None:
+    """What quantizes the activated rows of x, or None where the reference must; checks nothing."""
     num_experts = 1 if offs is None else offs.shape[0]
     if not x.is_cuda or kernels.why_no_elementwise(x, num_experts) is not None:
-        return reference.quantize_nvfp4(x, global_scale, offs, swizzled)
-    codes_shape, sf_shape = quantized_shapes(x.shape[0], x.shape[1], offs, swizzled)
-    codes = x.new_empty(codes_shape, dtype=torch.uint8)
-    block_scale = x.new_empty(sf_shape, dtype=torch.float8_e4m3fn)
-    kernels.quantize(x, global_scale, offs, codes, block_scale)
-    return codes, block_scale
+        return None
+    k = x.shape[1] // 2 if act.gated else x.shape[1]
+    shapes = quantized_shapes(x.shape[0], k, offs, swizzled)
+    launch = kernels.prepare_quantize(
+        x,
+        global_scale,
+        offs,
+        row_tiles=shapes[1][0] if swizzled else None,
+        activation=act.name,
+        limit=act.limit,
+    )
+
+    def run(
+        x: Tensor, global_scale: Tensor, offs: Tensor | None = None, *_: object
+    ) -> tuple[Tensor, Tensor]:
+        codes, block_scale = empty_quantized(x, *shapes)
+        launch(x, global_scale, offs, codes, block_scale)
+        return codes, block_scale
+
+    return run
 
 
 _op = register(
     "quantize_nvfp4(Tensor x, Tensor global_scale, Tensor? offs=None, bool swizzled=False)"
     " -> (Tensor, Tensor)",
     fake=_fake,
-    kernel=_kernel,
+    kernel=reference.quantize_nvfp4,
+    plan=_plan,
 )
 
 
@@ -144,24 +177,36 @@ def _check_global_scale(x: Tensor, per_token: bool) -> None:
         torch._check_value(x.shape[1] > 0, lambda: "x: K must be positive, got 0")
 
 
+def empty_scale(x: Tensor, per_token: bool) -> Tensor:
+    if per_token:
+        return x.new_empty(x.shape[0], 1, dtype=torch.float32)
+    return x.new_empty((), dtype=torch.float32)
+
+
 def _fake_global_scale(x: Tensor, per_token: bool = False) -> Tensor:
     _check_global_scale(x, per_token)
-    return x.new_empty((x.shape[0], 1) if per_token else (), dtype=torch.float32)
+    return empty_scale(x, per_token)
 
 
-def _kernel_global_scale(x: Tensor, per_token: bool = False) -> Tensor:
+def _plan_global_scale(x: Tensor, per_token: bool = False) -> Run | None:
     _check_global_scale(x, per_token)
     if not x.is_cuda or kernels.why_no_global_scale(x, per_token) is not None:
-        return reference.global_scale(x, per_token)
-    scale = x.new_empty((x.shape[0], 1) if per_token else (), dtype=torch.float32)
-    kernels.global_scale(x, scale)
-    return scale
+        return None
+    launch = kernels.prepare_global_scale(x, per_token=per_token)
+
+    def run(x: Tensor, per_token: bool = False) -> Tensor:
+        scale = empty_scale(x, per_token)
+        launch(x, scale)
+        return scale
+
+    return run
 
 
 _op_global_scale = register(
     "global_scale(Tensor x, bool per_token=False) -> Tensor",
     fake=_fake_global_scale,
-    kernel=_kernel_global_scale,
+    kernel=reference.global_scale,
+    plan=_plan_global_scale,
 )
 
 

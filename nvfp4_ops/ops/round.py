@@ -10,7 +10,8 @@ from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
 from nvfp4_ops import kernels, reference
-from nvfp4_ops.ops.quantize import FLOAT_DTYPES, check_row_scale
+from nvfp4_ops.ops.quantize import FLOAT_DTYPES, check_row_scale, global_scale
+from nvfp4_ops.plans import Run
 from nvfp4_ops.registry import (
     check_dtype,
     check_indices,
@@ -53,11 +54,11 @@ def _num_rows(x: Tensor, token_of_row: Tensor | None) -> int:
 
 
 def _empty(x: Tensor, token_of_row: Tensor | None) -> Tensor:
-    return x.new_empty((_num_rows(x, token_of_row), x.shape[1]), dtype=torch.bfloat16)
+    return x.new_empty(_num_rows(x, token_of_row), x.shape[1], dtype=torch.bfloat16)
 
 
 def _empty_per_token(x: Tensor, token_of_row: Tensor | None) -> tuple[Tensor, Tensor]:
-    row_scale = x.new_empty((_num_rows(x, token_of_row), 1), dtype=torch.float32)
+    row_scale = x.new_empty(_num_rows(x, token_of_row), 1, dtype=torch.float32)
     return _empty(x, token_of_row), row_scale
 
 
@@ -76,27 +77,38 @@ def _fake(
     return _empty(x, token_of_row)
 
 
-def _kernel(
+def _plan(
     x: Tensor,
     global_scale: Tensor,
     offs: Tensor | None = None,
     token_of_row: Tensor | None = None,
-) -> Tensor:
+) -> Run | None:
     _check_scaled(x, global_scale, offs, token_of_row)
     if token_of_row is not None:
         check_indices("token_of_row", token_of_row, x.shape[0], "tokens")
-    if not _has_kernel(x, offs):
-        return reference.round_nvfp4(x, global_scale, offs, token_of_row)
-    out = _empty(x, token_of_row)
-    kernels.round_rows(x, global_scale, offs, token_of_row, out)
-    return out
+    if not _has_kernel(x, offs) or _num_rows(x, token_of_row) == 0:
+        return None
+    launch = kernels.prepare_round(x, global_scale, offs, token_of_row)
+
+    def run(
+        x: Tensor,
+        global_scale: Tensor,
+        offs: Tensor | None = None,
+        token_of_row: Tensor | None = None,
+    ) -> Tensor:
+        out = _empty(x, token_of_row)
+        launch(x, global_scale, offs, token_of_row, out)
+        return out
+
+    return run
 
 
 _op = register(
     "round_nvfp4(Tensor x, Tensor global_scale, Tensor? offs=None, Tensor? token_of_row=None)"
     " -> Tensor",
     fake=_fake,
-    kernel=_kernel,
+    kernel=reference.round_nvfp4,
+    plan=_plan,
 )
 
 
@@ -143,32 +155,48 @@ def _fake_per_token(
     return _empty_per_token(x, token_of_row)
 
 
-def _kernel_per_token(
+def _plan_per_token(
     x: Tensor, offs: Tensor | None = None, token_of_row: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+) -> Run | None:
     _check_per_token(x, offs, token_of_row)
     if token_of_row is not None:
         check_indices("token_of_row", token_of_row, x.shape[0], "tokens")
-    if not _has_kernel(x, offs):
-        return reference.round_per_token_nvfp4(x, offs, token_of_row)
-    out, row_scale = _empty_per_token(x, token_of_row)
-    if not kernels.round_rows_per_token(x, offs, token_of_row, out, row_scale):
-        if token_of_row is not None:
-            # Rows of -1 are zero then, and the scale of those is 1.
-            x = reference.gather_rows(x, token_of_row)
-        kernels.global_scale(x, row_scale)
-        if offs is not None:
-            rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
-            row_scale = torch.where(rows < offs[-1], row_scale, 1.0)
-        kernels.round_rows(x, row_scale, offs, None, out)
-    return out, row_scale
+    if not _has_kernel(x, offs) or _num_rows(x, token_of_row) == 0:
+        return None
+    launch = kernels.prepare_round_per_token(x, offs, token_of_row)
+    if launch is None:
+        return _in_several_passes
+
+    def run(
+        x: Tensor, offs: Tensor | None = None, token_of_row: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        out, row_scale = _empty_per_token(x, token_of_row)
+        launch(x, offs, token_of_row, out, row_scale)
+        return out, row_scale
+
+    return run
+
+
+def _in_several_passes(
+    x: Tensor, offs: Tensor | None = None, token_of_row: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """For rows that are too long for the kernel."""
+    if token_of_row is not None:
+        # Rows of -1 are zero then, and the scale of those is 1.
+        x = reference.gather_rows(x, token_of_row)
+    row_scale = global_scale(x, per_token=True)
+    if offs is not None:
+        rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
+        row_scale = torch.where(rows < offs[-1], row_scale, 1.0)
+    return round_nvfp4(x, row_scale, offs), row_scale
 
 
 _op_per_token = register(
     "round_per_token_nvfp4(Tensor x, Tensor? offs=None, Tensor? token_of_row=None)"
     " -> (Tensor, Tensor)",
     fake=_fake_per_token,
-    kernel=_kernel_per_token,
+    kernel=reference.round_per_token_nvfp4,
+    plan=_plan_per_token,
 )
 
 

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from nvfp4_ops import format as nvfp4
 from nvfp4_ops import kernels, reference
+from nvfp4_ops.plans import Run
 from nvfp4_ops.registry import (
     check_dtype,
     check_offs,
@@ -43,20 +44,27 @@ def _fake_swizzle(sf: Tensor, offs: Tensor | None = None) -> Tensor:
     return sf.new_empty(_swizzled_shape(sf.shape, offs))
 
 
-def _kernel_swizzle(sf: Tensor, offs: Tensor | None = None) -> Tensor:
+def _plan_swizzle(sf: Tensor, offs: Tensor | None = None) -> Run | None:
     _check_swizzle(sf, offs)
     num_experts = 1 if offs is None else offs.shape[0]
     if not sf.is_cuda or kernels.why_no_elementwise(sf, num_experts) is not None:
-        return reference.swizzle_sf(sf, offs)
-    swizzled = sf.new_empty(_swizzled_shape(sf.shape, offs))
-    kernels.swizzle(sf, offs, swizzled)
-    return swizzled
+        return None
+    shape = _swizzled_shape(sf.shape, offs)
+    launch = kernels.prepare_swizzle(sf, offs)
+
+    def run(sf: Tensor, offs: Tensor | None = None) -> Tensor:
+        swizzled = sf.new_empty(*shape)
+        launch(sf, swizzled, offs)
+        return swizzled
+
+    return run
 
 
 _op_swizzle = register(
     "swizzle_sf(Tensor sf, Tensor? offs=None) -> Tensor",
     fake=_fake_swizzle,
-    kernel=_kernel_swizzle,
+    kernel=reference.swizzle_sf,
+    plan=_plan_swizzle,
 )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_ops import kernels
+from nvfp4_ops.plans import Run
 from nvfp4_ops.registry import (
     check_dtype,
     check_indices,
@@ -42,9 +43,9 @@ def _check_sort(top_k_index: Tensor, num_experts: int) -> None:
 def _empty_plan(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     tokens, top_k = top_k_index.shape
     return (
-        top_k_index.new_empty((num_experts,), dtype=torch.int32),
-        top_k_index.new_empty((tokens * top_k,), dtype=torch.int32),
-        top_k_index.new_empty((tokens, top_k), dtype=torch.int32),
+        top_k_index.new_empty(num_experts, dtype=torch.int32),
+        top_k_index.new_empty(tokens * top_k, dtype=torch.int32),
+        top_k_index.new_empty(tokens, top_k, dtype=torch.int32),
     )
 
 
@@ -53,13 +54,18 @@ def _sort_fake(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
     return _empty_plan(top_k_index, num_experts)
 
 
-def _sort_kernel(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def _sort_plan(top_k_index: Tensor, num_experts: int) -> Run | None:
     _check_sort(top_k_index, num_experts)
-    if top_k_index.is_cuda and kernels.why_no_elementwise(top_k_index, num_experts) is None:
-        plan = _empty_plan(top_k_index, num_experts)
-        kernels.sort_by_expert(top_k_index, *plan)
-        return plan
-    return _sort_reference(top_k_index, num_experts)
+    if not top_k_index.is_cuda or kernels.why_no_elementwise(top_k_index, num_experts) is not None:
+        return None
+    launch = kernels.prepare_sort(top_k_index, num_experts)
+
+    def run(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+        outputs = _empty_plan(top_k_index, num_experts)
+        launch(top_k_index, *outputs)
+        return outputs
+
+    return run
 
 
 def _sort_reference(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,7 +84,8 @@ def _sort_reference(top_k_index: Tensor, num_experts: int) -> tuple[Tensor, Tens
 _sort_by_expert = register(
     "sort_by_expert(Tensor top_k_index, int num_experts) -> (Tensor, Tensor, Tensor)",
     fake=_sort_fake,
-    kernel=_sort_kernel,
+    kernel=_sort_reference,
+    plan=_sort_plan,
 )
 
 
@@ -113,7 +120,7 @@ def _check_permute(x: Tensor, token_of_row: Tensor) -> None:
 
 
 def _empty_rows(x: Tensor, token_of_row: Tensor) -> Tensor:
-    return x.new_empty((token_of_row.shape[0], *x.shape[1:]))
+    return x.new_empty(token_of_row.shape[0], *x.shape[1:])
 
 
 def _permute_fake(x: Tensor, token_of_row: Tensor) -> Tensor:
@@ -121,14 +128,20 @@ def _permute_fake(x: Tensor, token_of_row: Tensor) -> Tensor:
     return _empty_rows(x, token_of_row)
 
 
-def _permute_kernel(x: Tensor, token_of_row: Tensor) -> Tensor:
+def _permute_plan(x: Tensor, token_of_row: Tensor) -> Run | None:
     _check_permute(x, token_of_row)
     check_indices("token_of_row", token_of_row, x.shape[0], "tokens")
-    if x.is_cuda and token_of_row.numel() and kernels.why_no_elementwise(x) is None:
-        out = _empty_rows(x, token_of_row)
-        kernels.permute(x, token_of_row, out)
+    if not x.is_cuda or not token_of_row.numel() or kernels.why_no_elementwise(x) is not None:
+        return None
+    launch = kernels.prepare_permute(x, token_of_row)
+    shape = (token_of_row.shape[0], *x.shape[1:])
+
+    def run(x: Tensor, token_of_row: Tensor) -> Tensor:
+        out = x.new_empty(*shape)
+        launch(x, token_of_row, out)
         return out
-    return _permute_reference(x, token_of_row)
+
+    return run
 
 
 def _permute_reference(x: Tensor, token_of_row: Tensor) -> Tensor:
@@ -140,7 +153,10 @@ def _permute_reference(x: Tensor, token_of_row: Tensor) -> Tensor:
 
 
 _permute = register(
-    "permute(Tensor x, Tensor token_of_row) -> Tensor", fake=_permute_fake, kernel=_permute_kernel
+    "permute(Tensor x, Tensor token_of_row) -> Tensor",
+    fake=_permute_fake,
+    kernel=_permute_reference,
+    plan=_permute_plan,
 )
 
 
@@ -173,7 +189,7 @@ def _check_combine(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor) -> 
 
 
 def _empty_tokens(rows: Tensor, row_of_slot: Tensor) -> Tensor:
-    return rows.new_empty((row_of_slot.shape[0], rows.shape[1]))
+    return rows.new_empty(row_of_slot.shape[0], rows.shape[1])
 
 
 def _combine_fake(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -181,14 +197,20 @@ def _combine_fake(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor) -> T
     return _empty_tokens(rows, row_of_slot)
 
 
-def _combine_kernel(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor) -> Tensor:
+def _combine_plan(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor) -> Run | None:
     _check_combine(rows, row_of_slot, top_k_weights)
     check_indices("row_of_slot", row_of_slot, rows.shape[0], "rows")
-    if rows.is_cuda and row_of_slot.numel() and kernels.why_no_elementwise(rows) is None:
-        out = _empty_tokens(rows, row_of_slot)
-        kernels.combine(rows, row_of_slot, top_k_weights, out)
+    if not rows.is_cuda or not row_of_slot.numel() or kernels.why_no_elementwise(rows) is not None:
+        return None
+    launch = kernels.prepare_combine(rows, row_of_slot, top_k_weights)
+    shape = (row_of_slot.shape[0], rows.shape[1])
+
+    def run(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor) -> Tensor:
+        out = rows.new_empty(*shape)
+        launch(rows, row_of_slot, top_k_weights, out)
         return out
-    return _combine_reference(rows, row_of_slot, top_k_weights)
+
+    return run
 
 
 def _combine_reference(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -206,7 +228,8 @@ def _combine_reference(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor)
 _combine = register(
     "combine(Tensor rows, Tensor row_of_slot, Tensor top_k_weights) -> Tensor",
     fake=_combine_fake,
-    kernel=_combine_kernel,
+    kernel=_combine_reference,
+    plan=_combine_plan,
 )
 
 
