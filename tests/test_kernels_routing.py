@@ -371,7 +371,7 @@ def sorted_on_gpu(index: Tensor, num_experts: int) -> tuple[Tensor, ...]:
     """Outputs of a launch into poisoned memory."""
     outputs = (poisoned(num_experts), poisoned(index.numel()), poisoned(*index.shape))
     outputs = tuple(out.cuda() for out in outputs)
-    nvfp4_ops.kernels.sort_by_expert(index, *outputs)
+    nvfp4_ops.kernels.prepare_sort(index, num_experts)(index, *outputs)
     return outputs
 
 
