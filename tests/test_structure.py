@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "ops": {"format", "activation", "reference", "registry", "kernels"},
     "routing": {"registry", "kernels"},
     "expert_parallel": {"registry", "routing"},
-    "lowering": {"format", "ops"},
+    "lowering": {"activation", "format", "ops"},
 }
 
 # Packages that are absent on many machines, and the part of the package that may import them.

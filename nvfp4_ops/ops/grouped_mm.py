@@ -127,11 +127,6 @@ def _check(arguments: _Arguments, act: Activation) -> None:
         check_multiple("b", "N, two column segments,", n, 2)
     else:
         check_shape("alpha", alpha, (num_experts,), "(E,) or (E, 2)")
-    if b.ndim == kernels.GATED_RANK and not act.gated:
-        raise ValueError(
-            "b: weights prepacked with gated=True (rank 5) need a gated activation, "
-            f"got {act.name!r}"
-        )
     if act.gated:
         check_multiple("b", "N, gate and up rows,", n, 2)
     if row_scale is not None:
@@ -203,10 +198,20 @@ def _kernel(*args: Any) -> Tensor:
     )
 
 
+def fuses_activation(b: Tensor, act: Activation) -> bool:
+    """Whether the GPU's kernel applies the activation itself, without another pass over memory.
+
+    A gated one needs weights that are prepacked for it, which canonical ones come to be.
+    """
+    return b.ndim != kernels.PLAIN_RANK or not act.gated
+
+
 def _run_kernel(arguments: _Arguments, act: Activation) -> Tensor:
     """The GPU's kernel, after what it does not do itself."""
     a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, _ = arguments
     n, k = arguments.n, arguments.k
+    if b.ndim == kernels.GATED_RANK and not act.gated:
+        b, sf_b = kernels.unpack(b, n, k)
     if sf_a is not None:
         # Every e2m1 * e4m3 product is exact in bf16.
         decoded = a.new_empty((a.shape[0], k), dtype=torch.bfloat16)
@@ -216,8 +221,7 @@ def _run_kernel(arguments: _Arguments, act: Activation) -> Tensor:
         if sf_b.ndim == 4:
             sf_b = reference.unswizzle_sf(sf_b, (b.shape[0], n, nvfp4.num_blocks(k)))
         b = kernels.prepack(b, sf_b, gated=act.gated)
-    # A gated activation is fused where its weights are prepacked for it, others always.
-    fused = act if b.ndim == kernels.GATED_RANK or not act.gated else Activation()
+    fused = act if fuses_activation(b, act) else Activation()
     out = a.new_empty(
         (a.shape[0], n // 2 if fused.gated else n),
         dtype=out_dtype if fused == act else torch.float32,
@@ -276,9 +280,9 @@ def grouped_scaled_mm(  # noqa: PLR0913 - the equation has this many terms
     Args:
         a: (R, K / 2) uint8 codes, or (R, K) bf16, fp16 or fp32 with ``sf_a`` None.
         b: (E, N, K / 2) uint8 codes; K a multiple of 16. For a gated activation the gate's N/2
-            rows come first, then the up projection's. Or prepacked (``prepack_weight``; rank 4, or
-            rank 5 for gated activations alone): on Hopper anything else is packed anew by every
-            call, which is slow.
+            rows come first, then the up projection's. Or prepacked (``prepack_weight``): rank 5
+            with a gated activation, else rank 4. On Hopper anything else, rank 5 without one
+            included, is packed anew by every call, which is slow.
         sf_a: float8_e4m3fn (R, K / 16), or swizzled with ``offs`` where ``sf_b`` is swizzled.
         sf_b: float8_e4m3fn (E, N, K / 16), or swizzled (rank 4); None with prepacked ``b``.
         alpha: fp32 (E,), or (E, 2): one for the first N/2 columns, one for the rest.
