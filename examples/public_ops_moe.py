@@ -1,4 +1,4 @@
-"""Experts written with the public ops alone, fused by a pass: ``python examples/public_ops_moe.py``.
+"""Experts written with the public ops, fused by a pass: ``python examples/public_ops_moe.py``.
 
 Nothing below is fused by hand: tokens are gathered, quantized, multiplied, activated and summed in
 steps that read like their equations. Compiled with ``nvfp4_ops.lowering.inductor`` enabled they
