@@ -154,6 +154,7 @@ def match_silu_mul(root: fx.Node) -> Gated | None:
         x = _silu_argument(strip_casts(gate, inner), inner)
         if source is None or x is None or _half(x, 0, inner) is not source:
             continue
+        source = strip_casts(source, inner)
         if used_only_within(inner, root) and value(root).dtype in FLOAT_DTYPES:
             return Gated(source, inner)
     return None
