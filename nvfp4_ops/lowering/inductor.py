@@ -6,10 +6,10 @@
         compiled = torch.compile(model)
         compiled(x)                       # compiled here, within the context
 
-Nothing is installed at import. A function keeps the code it was compiled to: enable before its
-first call, and ``torch.compiler.reset()`` to have it compiled anew. How often a rewrite fired is
-counted in ``torch._dynamo.utils.counters["nvfp4_ops"]``; a graph that Inductor finds in its cache
-was rewritten when it was put there, and is not counted again.
+Nothing is installed at import. A function keeps the code it was compiled to, which the modules of a
+class share: enable before the first call, and ``torch.compiler.reset()`` to compile anew.
+``counts`` tells how often each rewrite fired; a graph that Inductor finds in its cache was
+rewritten when it was put there, and is not counted again.
 
 Inductor's cache of compiled graphs knows the pass by a hash of this package's sources and of the
 options, so a graph is found again only by the very code that made it.
@@ -93,6 +93,13 @@ def current() -> Options | None:
     return options
 
 
+def counts() -> dict[str, int]:
+    """How often each rewrite has fired in this process, or since Dynamo's counters were cleared."""
+    from torch._dynamo.utils import counters
+
+    return {name: count for name, count in counters[COUNTERS].items() if count}
+
+
 @contextlib.contextmanager
 def enabled(*, patterns: bool = True, decompose: bool = DECOMPOSE_BY_DEFAULT) -> Iterator[None]:
     """``enable`` within a context; afterwards all is as before."""
@@ -121,16 +128,16 @@ def rewrite(graph: fx.Graph, options: Options) -> dict[str, int]:
     from nvfp4_ops.lowering.decompose import decompose
     from nvfp4_ops.lowering.patterns import REWRITES
 
-    counts = {}
+    fired = {}
     if options.patterns:
         for name, fuse in REWRITES.items():
-            counts[name] = fuse(graph)
+            fired[name] = fuse(graph)
     if options.decompose:
-        counts["decomposed"] = decompose(graph)
-    if any(counts.values()):
+        fired["decomposed"] = decompose(graph)
+    if any(fired.values()):
         graph.eliminate_dead_code()
         graph.lint()
-    return counts
+    return fired
 
 
 @functools.cache
