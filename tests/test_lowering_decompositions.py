@@ -199,6 +199,11 @@ def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return normed.to(x.dtype) * weight
 
 
+def scaled(x: Tensor, weight: Tensor) -> Tensor:
+    """So small that a compiler would rather compute it twice than store it."""
+    return x * weight
+
+
 def silu_mul(x: Tensor, weight: Tensor) -> Tensor:
     gate, up = x.chunk(2, dim=-1)
     return torch.nn.functional.silu(gate) * up
@@ -209,10 +214,10 @@ def silu_mul(x: Tensor, weight: Tensor) -> Tensor:
     [
         # What these two leave out is the same code on a CPU, which compiles it for half a minute.
         (rms_norm, True, False, "cpu"),
-        (silu_mul, False, True, "cpu"),
+        (scaled, False, True, "cpu"),
         *(
             pytest.param(neighbour, stored, swizzled, "cuda", marks=pytest.mark.gpu)
-            for neighbour in (rms_norm, silu_mul)
+            for neighbour in (rms_norm, scaled, silu_mul)
             for stored in (True, False)
             for swizzled in (True, False)
         ),

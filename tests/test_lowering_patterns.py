@@ -53,7 +53,12 @@ def public_ops(moe: nvfp4_ops.NVFP4MoE) -> PublicOpsMoE:
     static = moe.activation_scale == "static"
 
     def make(projection: Any) -> Projection:
-        out = Projection(projection.weight, projection.weight_scale, projection.weight_scale_2)
+        out = Projection(
+            projection.weight,
+            projection.weight_scale,
+            projection.weight_scale_2,
+            num_columns=projection.num_rows if projection.prepacked else None,
+        )
         if static:
             out.input_scale, out.alpha = projection.static_scale, projection.static_alpha
         return out
@@ -65,7 +70,7 @@ COMMON = {"activation": 1, "gather": 1, "combine": 1}
 
 
 @pytest.mark.parametrize("dropped", [False, True], ids=["all", "dropped"])
-@pytest.mark.parametrize("tokens", [1, TOKENS, 129])
+@pytest.mark.parametrize("tokens", [0, 1, TOKENS, 129])
 @pytest.mark.parametrize("mode", [None, "static"], ids=str)
 def test_patterns_make_the_fused_layer(mode: str | None, tokens: int, dropped: bool) -> None:
     moe, inputs = make_moe(mode), make_inputs(tokens, dropped=dropped)
@@ -321,6 +326,12 @@ def gate_used_again(index: Tensor, x: Tensor) -> Any:
     return F.silu(gate) * up + gate
 
 
+def cast_to_fp16(index: Tensor, x: Tensor) -> Any:
+    offs, *_ = nvfp4_ops.sort_by_expert(index, EXPERTS)
+    gate, up = parts.gate_up(parts.rows, offs).chunk(2, dim=-1)
+    return (F.silu(gate) * up).half()
+
+
 def activated_already(index: Tensor, x: Tensor) -> Any:
     offs, *_ = nvfp4_ops.sort_by_expert(index, EXPERTS)
     gate, up = parts.gate_up(parts.rows, offs, activation="relu2").chunk(2, dim=-1)
@@ -424,6 +435,7 @@ LEFT_ALONE: list[Call] = [
     gate_up_used_again,
     gate_used_again,
     activated_already,
+    cast_to_fp16,
     sigmoid_of_another,
     codes_used_again,
     scales_used_again,

@@ -19,6 +19,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -185,7 +186,11 @@ def fuse_activation(graph: fx.Graph) -> int:
         given = arguments(gated.source)
         if given["activation"] != "none" or not fuses_activation(value(given["b"]), SILU_MUL):
             continue
-        given |= {"activation": SILU_MUL.name, "out_dtype": value(root).dtype}
+        dtype = value(root).dtype
+        # No kernel writes fp16: not to be asked for what the model did not ask of the mm.
+        if dtype == torch.float16 and given["out_dtype"] != dtype:
+            continue
+        given |= {"activation": SILU_MUL.name, "out_dtype": dtype}
         root.replace_all_uses_with(insert(graph, root, MM, *given.values()))
         graph.eliminate_dead_code()
         count += 1
