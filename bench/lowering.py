@@ -18,6 +18,7 @@ import gc
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,9 +29,12 @@ from bench.moe import make_routings, time_layer
 from bench.moe_layers import SHAPES, Mode, Routing, Shape, build_moe, relative_error
 from bench.report import Report, parse_out
 from bench.timing import graph_time_us
-from examples.public_ops_moe import Projection, PublicOpsMoE
 from nvfp4_ops import NVFP4MoE, kernels, reference
 from nvfp4_ops.lowering import inductor
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
+
+from public_ops_moe import Projection, PublicOpsMoE
 
 ROWS, COLUMNS = (256, 2048, 16384), (4096, 7168)
 LAYERS = ("qwen3-30b-a3b", "dsv4-flash")
