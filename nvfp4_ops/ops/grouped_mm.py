@@ -142,11 +142,6 @@ def _check(arguments: _Arguments, act: Activation) -> None:
         check_multiple("b", "N, two column segments,", n, 2)
     else:
         check_shape("alpha", alpha, (num_experts,), "(E,) or (E, 2)")
-    if b.ndim == kernels.GATED_RANK and not act.gated:
-        raise ValueError(
-            "b: weights prepacked with gated=True (rank 5) need a gated activation, "
-            f"got {act.name!r}"
-        )
     if act.gated:
         check_multiple("b", "N, gate and up rows,", n, 2)
     if row_scale is not None:
@@ -228,15 +223,24 @@ def _reference(*args: Any) -> Tensor:
     )
 
 
+def fuses_activation(b: Tensor, act: Activation) -> bool:
+    """Whether the GPU's kernel applies the activation itself, without another pass over memory.
+
+    A gated one needs weights that are prepacked for it, which canonical ones come to be.
+    """
+    return b.ndim != kernels.PLAIN_RANK or not act.gated
+
+
 def _plan_kernel(arguments: _Arguments, act: Activation) -> Run:
     """The GPU's kernel, after what it does not do itself."""
     a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, *_ = arguments
     num_rows, n, k = a.shape[0], arguments.n, arguments.k
+    is_gated_for_nothing = b.ndim == kernels.GATED_RANK and not act.gated
+    is_packed = sf_b is None and not is_gated_for_nothing
     packed_shape: tuple[int, ...] = b.shape
-    if sf_b is not None:
+    if not is_packed:
         packed_shape = kernels.prepacked_shape(b.shape[0], n, k, gated=act.gated)
-    # A gated activation is fused where its weights are prepacked for it, others always.
-    fused = act if len(packed_shape) == kernels.GATED_RANK or not act.gated else Activation()
+    fused = act if fuses_activation(b, act) else Activation()
     is_complete = fused == act
     out_shape = (num_rows, n // 2 if fused.gated else n)
     mm_dtype = out_dtype if is_complete else torch.float32
@@ -253,7 +257,7 @@ def _plan_kernel(arguments: _Arguments, act: Activation) -> Run:
         activation=fused.name,
         limit=fused.limit,
         # What is packed by this very call is not complete before.
-        early_weights=arguments.early_weights and sf_b is None,
+        early_weights=arguments.early_weights and is_packed,
     )
 
     def run(
@@ -268,6 +272,8 @@ def _plan_kernel(arguments: _Arguments, act: Activation) -> Run:
         *_: object,
     ) -> Tensor:
         out = a.new_empty(*out_shape, dtype=mm_dtype)
+        if is_gated_for_nothing:
+            b, sf_b = kernels.unpack(b, n, k)
         launch(
             rows_of(a, sf_a, offs),
             b if sf_b is None else _prepack(b, sf_b, n, k, act),
@@ -350,9 +356,9 @@ def grouped_scaled_mm(  # noqa: PLR0913 - the equation has this many terms
     Args:
         a: (R, K / 2) uint8 codes, or (R, K) bf16, fp16 or fp32 with ``sf_a`` None.
         b: (E, N, K / 2) uint8 codes; K a multiple of 16. For a gated activation the gate's N/2
-            rows come first, then the up projection's. Or prepacked (``prepack_weight``; rank 4, or
-            rank 5 for gated activations alone): on Hopper anything else is packed anew by every
-            call, which is slow.
+            rows come first, then the up projection's. Or prepacked (``prepack_weight``): rank 5
+            with a gated activation, else rank 4. On Hopper anything else, rank 5 without one
+            included, is packed anew by every call, which is slow.
         sf_a: float8_e4m3fn (R, K / 16), or swizzled with ``offs`` where ``sf_b`` is swizzled.
         sf_b: float8_e4m3fn (E, N, K / 16), or swizzled (rank 4); None with prepacked ``b``.
         alpha: fp32 (E,), or (E, 2): one for the first N/2 columns, one for the rest.
