@@ -109,6 +109,8 @@ class Sample:
         act = options.get("activation")
         if isinstance(act, Activation):
             options.update(activation=act.name, limit=act.limit)
+        if "out_dtype" in options:
+            options["out_dtype"] = str(options["out_dtype"]).removeprefix("torch.")
         return options
 
     def function(self) -> Callable[..., Any]:

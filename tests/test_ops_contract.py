@@ -305,7 +305,7 @@ def test_ops_take_arguments_by_name() -> None:
     actual = torch.ops.nvfp4_ops.grouped_scaled_mm(
         offs=offs_of([2, 0, 3]),
         activation="silu_mul",
-        out_dtype=torch.float32,
+        out_dtype="float32",
         **{key: value for key, value in made._asdict().items() if key != "offs"},
     )
     assert_bytes_equal(actual, expected)

@@ -19,7 +19,6 @@ import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -44,6 +43,7 @@ from nvfp4_ops.lowering.graph import (
     value,
 )
 from nvfp4_ops.ops.grouped_mm import fuses_activation
+from nvfp4_ops.ops.grouped_mm_arguments import dtype_name
 
 MM = ops.grouped_scaled_mm.default
 QUANTIZE = ops.quantize_nvfp4.default
@@ -186,9 +186,9 @@ def fuse_activation(graph: fx.Graph) -> int:
         given = arguments(gated.source)
         if given["activation"] != "none" or not fuses_activation(value(given["b"]), SILU_MUL):
             continue
-        dtype = value(root).dtype
+        dtype = dtype_name(value(root).dtype)
         # No kernel writes fp16: not to be asked for what the model did not ask of the mm.
-        if dtype == torch.float16 and given["out_dtype"] != dtype:
+        if dtype == "float16" and given["out_dtype"] != dtype:
             continue
         given |= {"activation": SILU_MUL.name, "out_dtype": dtype}
         root.replace_all_uses_with(insert(graph, root, MM, *given.values()))

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,168 +12,17 @@ from nvfp4_ops import activation as activations
 from nvfp4_ops import format as nvfp4
 from nvfp4_ops import kernels, reference
 from nvfp4_ops.activation import Activation
-from nvfp4_ops.ops.quantize import FLOAT_DTYPES
+from nvfp4_ops.ops.grouped_mm_arguments import Arguments, check, dtype_name, out_shape
 from nvfp4_ops.ops.swizzle import unswizzle_sf
 from nvfp4_ops.plans import Run
-from nvfp4_ops.registry import (
-    check_dtype,
-    check_multiple,
-    check_offs,
-    check_rank,
-    check_same_devices,
-    check_shape,
-    register,
-    shape_text,
-)
-
-
-class _Arguments(NamedTuple):
-    """The op's arguments, as the schema orders them."""
-
-    a: Tensor
-    b: Tensor
-    sf_a: Tensor | None
-    sf_b: Tensor | None
-    alpha: Tensor
-    offs: Tensor
-    row_scale: Tensor | None = None
-    bias: Tensor | None = None
-    activation: str = "none"
-    limit: float | None = None
-    out_dtype: torch.dtype = torch.bfloat16
-    num_columns: int | None = None
-    early_weights: bool = False
-
-    @classmethod
-    def parse(cls, args: tuple[Any, ...]) -> "_Arguments":
-        """Of the op's arguments, in whose schema out_dtype is None for bfloat16.
-
-        AOTInductor can not write down a dtype that is left out because it is the schema's default.
-        """
-        arguments = cls(*args)
-        if arguments.out_dtype is None:
-            return arguments._replace(out_dtype=torch.bfloat16)
-        return arguments
-
-    @property
-    def n(self) -> int:
-        return self.b.shape[1] if self.num_columns is None else self.num_columns
-
-    @property
-    def k(self) -> int:
-        return self.a.shape[1] * (1 if self.sf_a is None else nvfp4.CODES_PER_BYTE)
-
-
-def _check_canonical(b: Tensor, sf_b: Tensor | None) -> int:
-    """Canonical weights; returns K."""
-    num_experts, n, packed_k = b.shape
-    check_multiple("b", "K/2", packed_k, nvfp4.packed_size(nvfp4.BLOCK_SIZE))
-    k = packed_k * nvfp4.CODES_PER_BYTE
-    if sf_b is None:
-        raise ValueError("sf_b: must be given with canonical b (E, N, K/2)")
-    linear_b = (num_experts, n, nvfp4.num_blocks(k))
-    check_dtype("sf_b", sf_b, torch.float8_e4m3fn)
-    if sf_b.ndim == 4:
-        check_shape("sf_b", sf_b, nvfp4.swizzled_shape(linear_b), "the swizzled scales of b")
-    else:
-        check_shape("sf_b", sf_b, linear_b, "the linear scales (E, N, K/16)")
-    return k
-
-
-def _check_prepacked(arguments: _Arguments) -> int:
-    """Prepacked weights; returns K."""
-    b, n, k = arguments.b, arguments.num_columns, arguments.k
-    gated = b.ndim == kernels.GATED_RANK
-    if arguments.sf_b is not None:
-        raise ValueError("sf_b: must be None with prepacked b, which holds its scales")
-    if n is None:
-        raise ValueError("num_columns: must be given with prepacked b, which is padded")
-    check_multiple("num_columns", "N", n, nvfp4.BLOCK_SIZE * (2 if gated else 1))
-    check_multiple("a", "K", k, nvfp4.BLOCK_SIZE)
-    shape = kernels.prepacked_shape(b.shape[0], n, k, gated=gated)
-    check_shape("b", b, shape, f"weights prepacked from N = {n} and the K = {k} of a")
-    return k
-
-
-def _check_operands(arguments: _Arguments) -> None:
-    """Codes and block scales."""
-    a, b, sf_a, sf_b, _, offs = arguments[:6]
-    check_dtype("b", b, torch.uint8)
-    if b.ndim in (kernels.PLAIN_RANK, kernels.GATED_RANK):
-        k = _check_prepacked(arguments)
-    else:
-        check_rank("b", b, 3, "(E, N, K/2) codes")
-        if arguments.num_columns is not None:
-            raise ValueError("num_columns: goes with prepacked b only")
-        k = _check_canonical(b, sf_b)
-    num_experts, packed_k = b.shape[0], nvfp4.packed_size(k)
-    check_shape("offs", offs, (num_experts,), "the (E,) end row of each expert")
-    if sf_a is None:
-        check_dtype("a without sf_a", a, *FLOAT_DTYPES)
-        check_shape("a", a, (a.shape[0], k), "(R, K)")
-        return
-    check_dtype("a with sf_a", a, torch.uint8)
-    check_shape("a", a, (a.shape[0], packed_k), "(R, K/2) codes")
-    check_dtype("sf_a", sf_a, torch.float8_e4m3fn)
-    linear_a = (a.shape[0], nvfp4.num_blocks(k))
-    swizzle = sf_b is not None and sf_b.ndim == 4
-    if sf_a.ndim != (4 if swizzle else 2):
-        wanted = "swizzled (rank 4)" if swizzle else "linear (R, K/16)"
-        raise ValueError(
-            f"sf_a: must be {wanted} because sf_b is, got {shape_text(sf_a)}; swizzle_sf and "
-            "unswizzle_sf convert"
-        )
-    if sf_a.ndim == 4:
-        swizzled = nvfp4.swizzled_shape(linear_a, num_experts)
-        check_shape("sf_a", sf_a, swizzled, "the scales of a, swizzled with offs")
-    else:
-        check_shape("sf_a", sf_a, linear_a, "the linear scales (R, K/16)")
-
-
-def _check(arguments: _Arguments, act: Activation) -> None:
-    a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, *_ = arguments
-    check_rank("a", a, 2, "(R, K) or (R, K/2) codes")
-    _check_operands(arguments)
-    num_experts, n = b.shape[0], arguments.n
-    check_offs(offs, a.shape[0])
-    check_dtype("alpha", alpha, torch.float32)
-    if alpha.ndim == 2:
-        check_shape("alpha", alpha, (num_experts, 2), "(E,) or (E, 2)")
-        check_multiple("b", "N, two column segments,", n, 2)
-    else:
-        check_shape("alpha", alpha, (num_experts,), "(E,) or (E, 2)")
-    if act.gated:
-        check_multiple("b", "N, gate and up rows,", n, 2)
-    if row_scale is not None:
-        check_dtype("row_scale", row_scale, torch.float32)
-        shape = (a.shape[0], 1)[: max(row_scale.ndim, 1)]
-        check_shape("row_scale", row_scale, shape, "(R,) or (R, 1)")
-    if bias is not None:
-        check_dtype("bias", bias, *FLOAT_DTYPES)
-        check_shape("bias", bias, (num_experts, n), "(E, N)")
-    if out_dtype not in FLOAT_DTYPES:
-        raise TypeError(f"out_dtype: must be bfloat16, float16 or float32, got {out_dtype}")
-    check_same_devices(
-        a.device,
-        b=b,
-        sf_a=sf_a,
-        sf_b=sf_b,
-        alpha=alpha,
-        offs=offs,
-        row_scale=row_scale,
-        bias=bias,
-    )
-
-
-def _shape(arguments: _Arguments, act: Activation) -> tuple[int, int]:
-    return (arguments.a.shape[0], arguments.n // 2 if act.gated else arguments.n)
+from nvfp4_ops.registry import register
 
 
 def _fake(*args: Any) -> Tensor:
-    arguments = _Arguments.parse(args)
+    arguments = Arguments.parse(args)
     act = Activation(arguments.activation, arguments.limit)
-    _check(arguments, act)
-    return arguments.a.new_empty(_shape(arguments, act), dtype=arguments.out_dtype)
+    check(arguments, act)
+    return arguments.a.new_empty(out_shape(arguments, act), dtype=arguments.out_dtype)
 
 
 @cache
@@ -187,9 +36,9 @@ def _warn_of_reference(reason: str) -> None:
 
 
 def _plan(*args: Any) -> Run | None:
-    arguments = _Arguments.parse(args)
+    arguments = Arguments.parse(args)
     act = Activation(arguments.activation, arguments.limit)
-    _check(arguments, act)
+    check(arguments, act)
     a, b = arguments.a, arguments.b
     if not a.is_cuda:
         return None
@@ -199,13 +48,13 @@ def _plan(*args: Any) -> Run | None:
         _warn_of_reference(reason)
         return None
     if a.shape[0] == 0:
-        shape, out_dtype = _shape(arguments, act), arguments.out_dtype
+        shape, out_dtype = out_shape(arguments, act), arguments.out_dtype
         return lambda a, *_: a.new_empty(*shape, dtype=out_dtype)
     return _plan_kernel(arguments, act)
 
 
 def _reference(*args: Any) -> Tensor:
-    arguments = _Arguments.parse(args)
+    arguments = Arguments.parse(args)
     a, b, sf_a, sf_b, alpha, offs, row_scale, bias, activation, limit, out_dtype, *_ = arguments
     if sf_b is None:
         b, sf_b = kernels.unpack(b, arguments.n, arguments.k)
@@ -231,7 +80,7 @@ def fuses_activation(b: Tensor, act: Activation) -> bool:
     return b.ndim != kernels.PLAIN_RANK or not act.gated
 
 
-def _plan_kernel(arguments: _Arguments, act: Activation) -> Run:
+def _plan_kernel(arguments: Arguments, act: Activation) -> Run:
     """The GPU's kernel, after what it does not do itself."""
     a, b, sf_a, sf_b, alpha, offs, row_scale, bias, _, _, out_dtype, *_ = arguments
     num_rows, n, k = a.shape[0], arguments.n, arguments.k
@@ -242,14 +91,14 @@ def _plan_kernel(arguments: _Arguments, act: Activation) -> Run:
         packed_shape = kernels.prepacked_shape(b.shape[0], n, k, gated=act.gated)
     fused = act if fuses_activation(b, act) else Activation()
     is_complete = fused == act
-    out_shape = (num_rows, n // 2 if fused.gated else n)
+    mm_shape = (num_rows, n // 2 if fused.gated else n)
     mm_dtype = out_dtype if is_complete else torch.float32
     rows_of = _plan_rows(a, sf_a, offs, k)
     launch = kernels.prepare_grouped_mm(
         num_rows,
         packed_shape,
         alpha.shape,
-        out_shape[1],
+        mm_shape[1],
         a.device,
         out_fp32=mm_dtype == torch.float32,
         row_scale=row_scale is not None,
@@ -271,7 +120,7 @@ def _plan_kernel(arguments: _Arguments, act: Activation) -> Run:
         bias: Tensor | None = None,
         *_: object,
     ) -> Tensor:
-        out = a.new_empty(*out_shape, dtype=mm_dtype)
+        out = a.new_empty(*mm_shape, dtype=mm_dtype)
         if is_gated_for_nothing:
             b, sf_b = kernels.unpack(b, n, k)
         launch(
@@ -317,8 +166,7 @@ def _prepack(b: Tensor, sf_b: Tensor, n: int, k: int, act: Activation) -> Tensor
 _op = register(
     "grouped_scaled_mm(Tensor a, Tensor b, Tensor? sf_a, Tensor? sf_b, Tensor alpha, Tensor offs,"
     ' Tensor? row_scale=None, Tensor? bias=None, str activation="none", float? limit=None,'
-    " ScalarType? out_dtype=None, SymInt? num_columns=None,"
-    " bool early_weights=False) -> Tensor",
+    ' str out_dtype="bfloat16", SymInt? num_columns=None, bool early_weights=False) -> Tensor',
     fake=_fake,
     kernel=_reference,
     plan=_plan,
@@ -393,7 +241,7 @@ def grouped_scaled_mm(  # noqa: PLR0913 - the equation has this many terms
         bias,
         act.name,
         act.limit,
-        out_dtype,
+        dtype_name(out_dtype),
         num_columns,
         early_weights,
     )
