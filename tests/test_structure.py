@@ -136,6 +136,24 @@ def test_structure_import_is_light() -> None:
     assert min(seconds) < MAX_IMPORT_SECONDS
 
 
+RUN_A_LAYER = """
+import sys, torch, nvfp4_ops
+moe = nvfp4_ops.NVFP4MoE(32, 32, 4)
+inputs = torch.ones(3, 32), torch.zeros(3, 2, dtype=torch.int64), torch.ones(3, 2)
+with torch.no_grad():
+    for moe.activation_scale in (None, "per_token", "per_tensor"):
+        moe(*inputs)
+print("sympy" in sys.modules)
+"""
+
+
+def test_structure_a_first_call_imports_no_algebra() -> None:
+    """torch._check and its kin import sympy, for a second or two, to see that True is true."""
+    command = [sys.executable, "-c", RUN_A_LAYER]
+    run = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"
+
+
 def in_kernels(path: Path) -> bool:
     return part_of(path) == "kernels"
 

@@ -251,6 +251,8 @@ class GroupedMmSm90:
             if warp == 0:
                 self._prefetch(weights, sRowEnd, sTileEnd, num_tiles, num_experts, row_tiles)
             follow_previous_kernel()
+            # Warp 0 may still read the tables that are written anew now.
+            cute.arch.sync_threads()
             num_tiles = self.tiles.scan(mOffs, sRowEnd, sTileEnd, num_experts, row_tiles)
         if cutlass.const_expr(config.cluster > 1):
             cute.arch.cluster_wait()

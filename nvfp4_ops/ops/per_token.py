@@ -10,12 +10,12 @@ from nvfp4_ops.ops.activate import check_activated, empty_activated
 from nvfp4_ops.ops.quantize import empty_scale, global_scale, quantize_nvfp4
 from nvfp4_ops.ops.swizzle import swizzle_sf
 from nvfp4_ops.plans import Run
-from nvfp4_ops.registry import register
+from nvfp4_ops.registry import check_value, register
 
 
 def _check(x: Tensor, offs: Tensor | None, activation: str, limit: float | None) -> Activation:
     act = check_activated(x, offs, activation, limit)
-    torch._check_value(x.shape[1] > 0, lambda: "x: K must be positive, got 0")
+    check_value(x.shape[1] > 0, lambda: "x: K must be positive, got 0")
     return act
 
 

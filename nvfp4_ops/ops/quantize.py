@@ -13,6 +13,7 @@ from nvfp4_ops.registry import (
     check_offs,
     check_rank,
     check_same_device,
+    check_value,
     register,
     shape_text,
 )
@@ -31,7 +32,7 @@ def check_row_scale(name: str, scale: Tensor, offs: Tensor | None, num_rows: int
         ok, rule = scale.ndim <= 2 and scale.shape[0] == num_rows, "() or (R,) or (R, 1)"
         if scale.ndim == 2:
             ok, rule = ok and scale.shape[1] == 1, "() or (E,) with offs or (R, 1)"
-    torch._check_value(
+    check_value(
         ok,
         lambda: (
             f"{name}: must be {rule} with R = {num_rows}"
@@ -174,7 +175,7 @@ def _check_global_scale(x: Tensor, per_token: bool) -> None:
     check_dtype("x", x, *FLOAT_DTYPES)
     if per_token:
         check_rank("x", x, 2, "(R, K)")
-        torch._check_value(x.shape[1] > 0, lambda: "x: K must be positive, got 0")
+        check_value(x.shape[1] > 0, lambda: "x: K must be positive, got 0")
 
 
 def empty_scale(x: Tensor, per_token: bool) -> Tensor:

@@ -19,6 +19,7 @@ from nvfp4_ops.registry import (
     check_offs,
     check_rank,
     check_same_device,
+    check_value,
     register,
 )
 
@@ -46,7 +47,7 @@ def _check_scaled(
 
 def _check_per_token(x: Tensor, offs: Tensor | None, token_of_row: Tensor | None) -> None:
     _check(x, offs, token_of_row)
-    torch._check_value(x.shape[1] > 0, lambda: "x: K must be positive, got 0")
+    check_value(x.shape[1] > 0, lambda: "x: K must be positive, got 0")
 
 
 def _num_rows(x: Tensor, token_of_row: Tensor | None) -> int:
