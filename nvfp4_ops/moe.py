@@ -36,6 +36,8 @@ _FUSED = {
 _NO_ACTIVATION = Activation()
 _PLANS = Plans(num_tensors=15)
 """Of all layers: x, index and weights, and the state of both projections."""
+_MAX_PLANNED_TOKENS = 1024
+"""With more the GPU is behind the host anyway; a plan holds all intermediates to its end."""
 
 
 class NVFP4MoE(nn.Module):
@@ -62,6 +64,11 @@ class NVFP4MoE(nn.Module):
     Submodules: ``gate_up_proj`` (N = 2F, K = D; global scales (E, 2), the gate's and the up
     projection's own) or, without a gate, ``up_proj`` (N = F); ``down_proj`` (N = D, K = F). See
     ExpertProjection for the tensors they keep: the state dict is in canonical (ModelOpt) layout.
+
+    Memory of a forward pass on Hopper beside weights, input and result, whatever the routing, for
+    T tokens in R = T * top_k rows: rows of D and of F elements, R (D + F) of the dtype of
+    hidden_states at once (W4A4: R (D + 2F)), and 8 R + 4 E bytes of routing (W4A4 per token: 4 R
+    more for scales; beyond 4096 rows 4 E for each 1024 to 8192 rows while they are sorted).
 
     Without weights loaded the module multiplies by zero. For inference: backward raises.
 
@@ -280,7 +287,9 @@ class NVFP4MoE(nn.Module):
 
     def _run_experts(self, x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The flow; on a GPU by one plan of the whole of it, which costs the host half."""
-        if torch.compiler.is_compiling() or not x_TD.is_cuda or not self._may_plan():
+        if torch.compiler.is_compiling() or not x_TD.is_cuda:
+            return self._flow(x_TD, index_TK, weights_TK)
+        if x_TD.shape[0] > _MAX_PLANNED_TOKENS or not self._may_plan():
             return self._flow(x_TD, index_TK, weights_TK)
         first, down, act = self.first_proj, self.down_proj, self._fused
         kind = (self._activation_scale, act.name, act.limit, self.num_experts, first.num_rows)
@@ -311,16 +320,27 @@ class NVFP4MoE(nn.Module):
         first, down = self.first_proj, self.down_proj
         mode = self._activation_scale
         # Weights may load early: what makes the operands waits for the sort, which wrote offs_E.
-        routed = make_operand(first, x_TD, mode, token_of_row_R=token_of_row_R)
-        hidden_RF = first(*routed, offs_E, self._fused, x_TD.dtype, early_weights=True)
+        # Operands have no names that would keep them for longer than it takes to multiply them.
+        hidden_RF = first(
+            *make_operand(first, x_TD, mode, token_of_row_R=token_of_row_R),
+            offs_E,
+            self._fused,
+            x_TD.dtype,
+            early_weights=True,
+        )
         if callable(self.activation):
             # It may turn the zeros of rows without an expert into something else.
             row_R1 = torch.arange(hidden_RF.shape[0], device=hidden_RF.device).unsqueeze(1)
             hidden_RF = torch.where(row_R1 < offs_E[-1], self.activation(hidden_RF), 0)
         if self._observer is not None:
             self._observer.observe(x_TD, hidden_RF, offs_E)
-        hidden = make_operand(down, hidden_RF, mode, offs_E)
-        out_RD = down(*hidden, offs_E, _NO_ACTIVATION, x_TD.dtype, early_weights=True)
+        out_RD = down(
+            *make_operand(down, hidden_RF, mode, offs_E),
+            offs_E,
+            _NO_ACTIVATION,
+            x_TD.dtype,
+            early_weights=True,
+        )
         return combine(out_RD, row_of_slot_TK, weights_TK)
 
     def extra_repr(self) -> str:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -660,3 +661,16 @@ def test_moe_rejects_scalar_and_empty_routing() -> None:
         moe(torch.ones(()), index, weights)
     with pytest.raises(ValueError, match=r"top_k_index: must be \(..., top_k\), top_k > 0"):
         moe(x, index[:, :0], weights[:, :0])
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@torch.no_grad()
+def test_moe_frees_the_routed_rows_before_it_makes_the_outputs(mode: str | None) -> None:
+    """As the class says of its memory: they are as large as the outputs."""
+    moe = make_moe(mode)
+    routed: list[weakref.ref[Tensor]] = []
+    alive = []
+    moe.first_proj.register_forward_pre_hook(lambda _, args: routed.append(weakref.ref(args[0])))
+    moe.down_proj.register_forward_pre_hook(lambda *_: alive.append(routed[-1]() is not None))
+    moe(*make_inputs(5))
+    assert alive == [False]
