@@ -1,9 +1,19 @@
 """Shared fixtures: GPU tests are skipped where there is no GPU; fixed seeds everywhere."""
 
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+
+from nvfp4_ops.lowering.inductor import source_hash
+
+# Inductor's cache does not know what an op is made of: with other sources, other graphs.
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    str(Path(tempfile.gettempdir()) / f"nvfp4_ops_tests_{os.getuid()}_{source_hash()[:16]}"),
+)
 
 DATA = Path(__file__).parent / "data"
 
