@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,26 @@ def parse_out(description: str) -> Path:
     return out
 
 
+def command(name: str, arguments: Sequence[str]) -> str:
+    """What was run, but for where its results go.
+
+    >>> command("moe", ["--out", "/tmp", "--shape", "qwen3-30b-a3b"])
+    'python -m bench.moe --shape qwen3-30b-a3b'
+    """
+    kept = list(arguments)
+    while "--out" in kept:
+        place = kept.index("--out")
+        del kept[place : place + 2]
+    return " ".join(["python -m", f"bench.{name}", *kept])
+
+
 class Report:
     """Prints as it goes; ``write`` saves NAME.txt, NAME.json, and NAME.png if it has a plot."""
 
     def __init__(self, name: str, facts: dict[str, Any], columns: str) -> None:
         self.name = name
         self.header = {
-            "command": f"python -m bench.{name}",
+            "command": command(name, sys.argv[1:]),
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
             "torch": torch.__version__,
             "nvfp4_ops": nvfp4_ops.__version__,

@@ -100,8 +100,9 @@ def test_plots_without_matplotlib_say_so(
 
 
 def test_report_prints_and_saves_what_it_is_given(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr("sys.argv", ["made_up.py", "--tokens", "1", "--out", "elsewhere", "9"])
     report = Report("made_up", {"num_experts": 4}, "op | us")
     report.add(Case("permute", 1.5), "permute | 1.5")
     report.write(tmp_path / "new")
@@ -109,6 +110,6 @@ def test_report_prints_and_saves_what_it_is_given(
     assert printed.endswith("num_experts: 4\nop | us\npermute | 1.5\n")
     assert (tmp_path / "new" / "made_up.txt").read_text() == printed
     saved = json.loads((tmp_path / "new" / "made_up.json").read_text())
-    assert saved["command"] == "python -m bench.made_up"
+    assert saved["command"] == "python -m bench.made_up --tokens 1 9"
     assert saved["results"] == [{"op": "permute", "time_us": 1.5}]
     assert not (tmp_path / "new" / "made_up.png").exists()
