@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nvfp4_ops
 from bench import host_cost
-from nvfp4_ops import NVFP4MoE, plans
+from nvfp4_ops import NVFP4MoE, plans, registry
 from nvfp4_ops.kernels import compile_cache, prepack_sm90
 from nvfp4_ops.plans import Plans, Recording
 
@@ -120,6 +121,16 @@ def test_plans_of_a_tensor_given_twice_are_not_kept() -> None:
     assert len(made) == 0
 
 
+def test_plans_of_tensors_that_require_gradients_are_not_kept() -> None:
+    """No guard tells a call without gradients from one with."""
+    x = X.clone().requires_grad_()
+    made = Plans(2, lambda *args: run)
+    with torch.no_grad():
+        assert made.make((x, Y)) is run
+    assert made.find((x, Y)) is None
+    assert len(made) == 0
+
+
 def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "MAX_KEYS", 3)
     made = Plans(2, lambda *args: run)
@@ -204,6 +215,49 @@ def test_planned_op_still_checks_what_is_new(gpu: Launches) -> None:
     nvfp4_ops.permute(x, rows)
     with pytest.raises(NotImplementedError, match="is for inference and has no backward"):
         nvfp4_ops.permute(x.requires_grad_(), rows).sum().backward()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_planned_call_without_gradients_leaves_the_next_its_backward(
+    mode: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moe, (hidden, index, weights) = make_layer(None), routing()
+    pretend_gpu.pretend(monkeypatch)
+    hidden.requires_grad_()
+    calls = (
+        lambda: nvfp4_ops.permute(hidden, torch.zeros(8, dtype=torch.int32)),
+        lambda: moe(hidden, index, weights),
+    )
+    for call in calls:
+        for _ in range(2):
+            with mode():
+                call()
+            with pytest.raises(NotImplementedError, match="is for inference and has no backward"):
+                call().sum().backward()
+
+
+def test_call_outlives_the_recording_of_another_thread(
+    gpu: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may end between any two steps of this thread: here, as soon as it was looked at."""
+
+    class Ending:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(plans, name)
+
+        @property
+        def recording(self) -> Recording | None:
+            return found.pop() if found else None
+
+    def others() -> list[Recording]:
+        with ThreadPoolExecutor(1) as pool:
+            return [pool.submit(Recording).result()]
+
+    found = others()
+    monkeypatch.setattr(registry, "plans_module", Ending())
+    rows = nvfp4_ops.permute(torch.zeros(4, 32), torch.zeros(8, dtype=torch.int32))
+    assert rows.shape == (8, 32)
+    assert not found
 
 
 def test_planned_op_copies_rows_the_kernel_can_not_read(gpu: Launches) -> None:
@@ -426,6 +480,16 @@ def test_recording_replays_steps_with_other_inputs() -> None:
     assert replay is not None
     other = torch.rand(4, 32)
     assert torch.equal(replay(other, "kind"), other * 2 + other)
+
+
+def test_recording_replays_a_step_of_one_argument() -> None:
+    with plans.record() as recording:
+        negated = plans.step(torch.neg, X)
+    assert recording is not None
+    replay = recording.plan((Y, X), negated)
+    assert replay is not None
+    other = torch.rand(4, 32)
+    assert torch.equal(replay(Y, other), -other)
 
 
 def test_recording_of_unknown_tensors_gives_no_plan() -> None:
