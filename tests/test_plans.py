@@ -271,6 +271,74 @@ def test_planned_op_copies_rows_the_kernel_can_not_read(gpu: Launches) -> None:
         assert gpu.take() == expected
 
 
+def spread(x: Tensor) -> Tensor:
+    """The same values with gaps between the elements."""
+    spread = torch.stack([x.view(torch.uint8), x.view(torch.uint8)], dim=-1)
+    return spread[..., 0] if x.element_size() == 1 else torch.stack([x, x], dim=-1)[..., 0]
+
+
+RAGGED_OPS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "quantize": lambda x, offs: nvfp4_ops.quantize_nvfp4(x, torch.ones(()), offs),
+    "per_token": lambda x, offs: nvfp4_ops.quantize_per_token_nvfp4(x, offs),
+    "round": lambda x, offs: nvfp4_ops.round_nvfp4(x, torch.ones(()), offs),
+    "round_per_token": lambda x, offs: nvfp4_ops.round_per_token_nvfp4(x, offs),
+    "dequantize": lambda x, offs: nvfp4_ops.dequantize_nvfp4(
+        x.view(torch.uint8), torch.zeros(4, 8).to(torch.float8_e4m3fn), torch.ones(()), offs
+    ),
+    "swizzle": lambda x, offs: nvfp4_ops.swizzle_sf(
+        torch.zeros(4, 8).to(torch.float8_e4m3fn), offs
+    ),
+    "unswizzle": lambda x, offs: nvfp4_ops.unswizzle_sf(
+        torch.zeros(3, 2, 32, 16).to(torch.float8_e4m3fn), (4, 8), offs
+    ),
+}
+
+
+@pytest.mark.parametrize("op", RAGGED_OPS.values(), ids=RAGGED_OPS.keys())
+def test_planned_op_gives_kernels_contiguous_offs(op: Callable[..., Any], gpu: Launches) -> None:
+    """They refuse others."""
+    x, offs = torch.zeros(4, 32).bfloat16(), torch.tensor([1, 2, 4], dtype=torch.int32)
+    op(x, offs)
+    expected = gpu.take()
+    assert expected
+    for _ in range(2):
+        op(x, spread(offs))
+        assert gpu.take() == expected
+
+
+@pytest.mark.parametrize("which", ["weight", "offs", "row_scale"])
+def test_planned_grouped_mm_gives_kernels_contiguous_operands(
+    which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = make_layer(None).down_proj.weight
+    gpu = pretend_gpu.pretend(monkeypatch)
+    operands = {
+        "weight": weight,
+        "offs": torch.full((8,), 4, dtype=torch.int32),
+        "row_scale": torch.ones(4, 1),
+    }
+
+    def launched(early_weights: bool, **operands: Tensor) -> list[Any]:
+        nvfp4_ops.grouped_scaled_mm(
+            torch.zeros(4, 64).bfloat16(),
+            operands["weight"],
+            None,
+            None,
+            torch.ones(8),
+            operands["offs"],
+            row_scale=operands["row_scale"],
+            num_columns=64,
+            early_weights=early_weights,
+        )
+        return gpu.take()
+
+    # A copy is not complete when the kernel ahead of this one starts.
+    is_early = which == "row_scale"
+    expected = launched(is_early, **operands)
+    assert launched(True, **{**operands, which: spread(operands[which])}) == expected
+    assert launched(True, **operands) == launched(True, **operands)
+
+
 def test_planned_op_is_dispatched_for_who_watches(gpu: Launches) -> None:
     x, token_of_row = torch.zeros(4, 32), torch.zeros(8, dtype=torch.int32)
     nvfp4_ops.permute(x, token_of_row)
