@@ -126,7 +126,10 @@ class ExpertProjection(nn.Module):
         """All that ``forward`` and ``make_operand`` take from here: six tensors or None."""
         # Not by nn.Module's look-up, which takes a microsecond of host time for each.
         get = self._buffers.__getitem__
-        return tuple(map(get, _STATE))
+        try:
+            return tuple(map(get, _STATE))
+        except KeyError:  # made a parameter by someone
+            return tuple(getattr(self, name) for name in _STATE)
 
     @property
     def prepacked(self) -> bool:

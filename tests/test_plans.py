@@ -481,6 +481,36 @@ def test_layer_runs_the_hooks_of_its_projections(monkeypatch: pytest.MonkeyPatch
     assert len(calls) == 2
 
 
+def test_layer_runs_a_forward_put_on_its_projections(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, inputs, calls = make_layer(None), routing(), []
+    pretend_gpu.pretend(monkeypatch)
+    moe(*inputs)
+    forward = moe.down_proj.forward
+    monkeypatch.setattr(
+        moe.down_proj, "forward", lambda *args, **kw: calls.append(1) or forward(*args, **kw)
+    )
+    moe(*inputs)
+    moe(*inputs)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_planned_layer_takes_parameters_for_buffers(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moe, other, inputs = make_layer(None, bias=True), make_layer(None), routing()
+    gpu = pretend_gpu.pretend(monkeypatch)
+    other(*inputs)  # whose plan is without bias
+    gpu.take()
+    moe(*inputs)
+    expected = gpu.take()
+    buffer = getattr(moe.down_proj, name)
+    setattr(moe.down_proj, name, torch.nn.Parameter(buffer, requires_grad=False))
+    for _ in range(2):
+        moe(*inputs)
+        assert gpu.take() == expected
+
+
 def test_layer_with_code_of_the_users_is_not_planned() -> None:
     moe = make_layer(None)
     assert moe._may_plan()
