@@ -71,8 +71,9 @@ class Plans:
                 tensors = pick(args)
                 if guards.check(*tensors) and _are_aligned(tensors):
                     return None if _num_suspensions else run
-        except (AttributeError, TypeError):
-            # Not tensors, which the checks will say, or symbolic sizes, which have no hash.
+        except (AttributeError, RuntimeError, TypeError):
+            # Not tensors, or nested ones, which have no shape: the checks or the dispatcher will
+            # say. Or symbolic sizes, which have no hash.
             pass
         return None
 

@@ -260,6 +260,13 @@ def test_call_outlives_the_recording_of_another_thread(
     assert not found
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_planned_op_leaves_nested_tensors_to_the_dispatcher() -> None:
+    x = torch.nested.nested_tensor([torch.zeros(2, 32), torch.zeros(1, 32)])
+    with pytest.raises(NotImplementedError, match=r"nvfp4_ops::permute.*Nested"):
+        nvfp4_ops.permute(x, torch.zeros(8, dtype=torch.int32))
+
+
 def test_planned_op_copies_rows_the_kernel_can_not_read(gpu: Launches) -> None:
     whole = torch.zeros(4 * 32 + 1).bfloat16()
     unaligned, strided = whole[1:].view(4, 32), torch.zeros(32, 4).bfloat16().t()
