@@ -353,7 +353,9 @@ class NVFP4MoE(nn.Module):
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_pre_hooks or module._forward_hooks)
+    # Some libraries put a forward of their own on the instance.
+    own = "forward" in module.__dict__
+    return bool(own or module._forward_pre_hooks or module._forward_hooks)
 
 
 def _as_rows(x: Tensor) -> Tensor:

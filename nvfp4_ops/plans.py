@@ -9,7 +9,7 @@ depends on values is not planned; what depends on addresses holds at multiples o
 """
 
 import threading
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from operator import itemgetter
 from typing import Any, NamedTuple
@@ -71,8 +71,9 @@ class Plans:
                 tensors = pick(args)
                 if guards.check(*tensors) and _are_aligned(tensors):
                     return None if _num_suspensions else run
-        except (AttributeError, TypeError):
-            # Not tensors, which the checks will say, or symbolic sizes, which have no hash.
+        except (AttributeError, RuntimeError, TypeError):
+            # Not tensors, or nested ones, which have no shape: the checks or the dispatcher will
+            # say. Or symbolic sizes, which have no hash.
             pass
         return None
 
@@ -88,10 +89,12 @@ class Plans:
         if _num_suspensions:
             return
         present = [i for i, arg in enumerate(args[: self._num_tensors]) if arg is not None]
-        # The slice makes it a tuple.
-        pick = itemgetter(*present) if len(present) > 1 else itemgetter(slice(1))
+        pick = _pick(present)
         tensors = pick(args)
-        # The guards refuse a tensor that is given twice.
+        # Guards do not know whether gradients are enabled, and where they are, those that require
+        # one need the dispatcher. They refuse a tensor that is given twice.
+        if any(tensor.requires_grad for tensor in tensors):
+            return
         if not _are_aligned(tensors) or len(set(map(id, tensors))) < len(tensors):
             return
         sizes: Any = [list(tensor.shape) for tensor in tensors]
@@ -107,6 +110,14 @@ class Plans:
         """Equal for arguments that are alike: which of them are None, those that are no tensors."""
         first = args[: self._num_tensors]
         return (first[0].shape, *map(type, first), args[self._num_tensors :])
+
+
+def _pick(positions: list[int]) -> Callable[[Sequence[Any]], Any]:
+    """What takes the values at these positions, one or more, out of a sequence."""
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    # The slice makes it a sequence.
+    return itemgetter(slice(positions[0], positions[0] + 1))
 
 
 def _are_aligned(tensors: tuple[Tensor, ...]) -> bool:
@@ -184,7 +195,7 @@ class Recording:
             for value in results:
                 numbers[id(value)] = next_result
                 next_result += 1
-            steps.append((run, itemgetter(*chosen), isinstance(result, tuple)))
+            steps.append((run, _pick(chosen), isinstance(result, tuple)))
 
         def replay(*inputs: Any) -> Any:
             values = [*inputs, *constants]
@@ -221,6 +232,8 @@ def record() -> Iterator[Recording | None]:
 
 def step(function: Run, *args: Any) -> Any:
     """function(*args), which is no op, as a step of what is recorded."""
-    if torch.compiler.is_compiling() or recording is None:
+    if torch.compiler.is_compiling():
         return function(*args)
-    return recording.run(function, args, is_plan=True)
+    # Looked up once: another thread's recording may end at any moment.
+    current = recording
+    return function(*args) if current is None else current.run(function, args, is_plan=True)

@@ -126,7 +126,10 @@ class ExpertProjection(nn.Module):
         """All that ``forward`` and ``make_operand`` take from here: six tensors or None."""
         # Not by nn.Module's look-up, which takes a microsecond of host time for each.
         get = self._buffers.__getitem__
-        return tuple(map(get, _STATE))
+        try:
+            return tuple(map(get, _STATE))
+        except KeyError:  # made a parameter by someone
+            return tuple(getattr(self, name) for name in _STATE)
 
     @property
     def prepacked(self) -> bool:
@@ -303,8 +306,7 @@ class ExpertProjection(nn.Module):
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         error_msgs: list[str] = args[-1]
-        was_prepacked = self.prepacked
-        if was_prepacked:
+        if self.prepacked:
             self.unpack()
         checked = {**self._buffers, "input_scale": self.weight_scale_2}
         for name, buffer in checked.items():
@@ -323,8 +325,8 @@ class ExpertProjection(nn.Module):
         if not error_msgs:
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
             self._derive_static()
-        if was_prepacked:
-            self.prepack()
+        # Also where they were not before: a new module's zeros are not.
+        self.prepack()
 
     def extra_repr(self) -> str:
         return (

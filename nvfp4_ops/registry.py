@@ -80,9 +80,11 @@ def register(
             if run is None and is_plain(args):
                 run = plans.make(args)
         function = dispatch if run is None else run
-        if plans_module.recording is None:
+        # Looked up once: another thread's recording may end at any moment.
+        recording = plans_module.recording
+        if recording is None:
             return function(*args)
-        return plans_module.recording.run(function, args, is_plan=run is not None)
+        return recording.run(function, args, is_plan=run is not None)
 
     return call
 

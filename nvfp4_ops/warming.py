@@ -160,7 +160,10 @@ def _kind(layer: NVFP4MoE) -> Hashable:
         for name, buffer in layer.named_buffers()
         if name.startswith(tuple(layer.projections()))
     )
-    return (tensors, _device(layer), layer.activation, layer.activation_scale, routed_by)
+    # Prepacked weights are padded: of these, layers of several sizes have tensors of one shape.
+    sizes = (layer.hidden_size, layer.intermediate_size)
+    activation = (layer.activation, layer._fused, layer.activation_scale)
+    return (tensors, sizes, _device(layer), *activation, routed_by)
 
 
 @contextmanager

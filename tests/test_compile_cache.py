@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import functools
 import importlib.util
+import itertools
 import os
 import shutil
 import stat
@@ -181,6 +182,21 @@ def test_compile_cache_keeps_loaded_kernels_apart() -> None:
     compile_cache.clear_memory()
     for rows in range(1, 9):
         assert_is_fill(get(must_not_build, Config(rows)))
+
+
+def test_machine_code_has_a_path_of_its_own_however_many_there_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The loader knows a library by its path, of at most 4096 bytes."""
+    monkeypatch.setattr(machine_code, "_num_libraries", itertools.count())
+    paths = set()
+    for i in range(3000):
+        content = str(i).encode()
+        # Not Path, which would shorten it.
+        with machine_code._memory_file(content) as (_, path), open(path, "rb") as file:
+            assert file.read() == content
+        paths.add(path)
+    assert len(paths) == 3000
 
 
 def test_compile_cache_same_call_whether_built_or_loaded() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import nvfp4_ops
 from nvfp4_ops import NVFP4MoE
+from nvfp4_ops.projection import ExpertProjection
 
 MODES = (None, "per_token", "per_tensor", "static")
 BATCH_INVARIANT = (None, "per_token", "static")
@@ -148,7 +149,7 @@ def forward_of_codes(moe: NVFP4MoE, x: Tensor, index: Tensor, weights: Tensor) -
     offs, token_of_row, row_of_slot = nvfp4_ops.sort_by_expert(index, moe.num_experts)
 
     def multiply(
-        projection: nvfp4_ops.projection.ExpertProjection,
+        projection: ExpertProjection,
         rows: tuple[Tensor, Tensor],
         scale: Tensor,
         activation: nvfp4_ops.Activation | None,
@@ -384,7 +385,24 @@ def test_moe_state_dict_round_trips() -> None:
     assert torch.equal(copy.deepcopy(source)(*inputs), source(*inputs))
 
 
-def prepack_here(projection: nvfp4_ops.projection.ExpertProjection) -> None:
+def test_moe_prepacks_what_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a module that was built on the GPU would pack its weights anew in every call."""
+    saved, built = make_moe(), NVFP4MoE(HIDDEN, INTERMEDIATE, EXPERTS)
+    state = saved.state_dict()
+    monkeypatch.setattr(
+        ExpertProjection, "_gains_by_prepacking", lambda self, device: device.type != "meta"
+    )
+    on_meta = NVFP4MoE(HIDDEN, INTERMEDIATE, EXPERTS, device="meta")
+    for moe, assign in ((built, False), (on_meta, True)):
+        moe.load_state_dict(state, assign=assign)
+        assert moe.first_proj.prepacked
+        assert moe.down_proj.prepacked
+        assert moe.state_dict().keys() == state.keys()
+        for name, tensor in moe.state_dict().items():
+            assert torch.equal(tensor.view(torch.uint8), state[name].view(torch.uint8)), name
+
+
+def prepack_here(projection: ExpertProjection) -> None:
     """What ``prepack`` does on a GPU that gains by it."""
     projection.weight = nvfp4_ops.prepack_weight(
         projection.weight, projection.weight_scale, gated=projection.gated

@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nvfp4_ops
 from bench import host_cost
-from nvfp4_ops import NVFP4MoE, plans
+from nvfp4_ops import NVFP4MoE, plans, registry
 from nvfp4_ops.kernels import compile_cache, prepack_sm90
 from nvfp4_ops.plans import Plans, Recording
 
@@ -120,6 +121,16 @@ def test_plans_of_a_tensor_given_twice_are_not_kept() -> None:
     assert len(made) == 0
 
 
+def test_plans_of_tensors_that_require_gradients_are_not_kept() -> None:
+    """No guard tells a call without gradients from one with."""
+    x = X.clone().requires_grad_()
+    made = Plans(2, lambda *args: run)
+    with torch.no_grad():
+        assert made.make((x, Y)) is run
+    assert made.find((x, Y)) is None
+    assert len(made) == 0
+
+
 def test_plans_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plans, "MAX_KEYS", 3)
     made = Plans(2, lambda *args: run)
@@ -206,6 +217,56 @@ def test_planned_op_still_checks_what_is_new(gpu: Launches) -> None:
         nvfp4_ops.permute(x.requires_grad_(), rows).sum().backward()
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_planned_call_without_gradients_leaves_the_next_its_backward(
+    mode: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moe, (hidden, index, weights) = make_layer(None), routing()
+    pretend_gpu.pretend(monkeypatch)
+    hidden.requires_grad_()
+    calls = (
+        lambda: nvfp4_ops.permute(hidden, torch.zeros(8, dtype=torch.int32)),
+        lambda: moe(hidden, index, weights),
+    )
+    for call in calls:
+        for _ in range(2):
+            with mode():
+                call()
+            with pytest.raises(NotImplementedError, match="is for inference and has no backward"):
+                call().sum().backward()
+
+
+def test_call_outlives_the_recording_of_another_thread(
+    gpu: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may end between any two steps of this thread: here, as soon as it was looked at."""
+
+    class Ending:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(plans, name)
+
+        @property
+        def recording(self) -> Recording | None:
+            return found.pop() if found else None
+
+    def others() -> list[Recording]:
+        with ThreadPoolExecutor(1) as pool:
+            return [pool.submit(Recording).result()]
+
+    found = others()
+    monkeypatch.setattr(registry, "plans_module", Ending())
+    rows = nvfp4_ops.permute(torch.zeros(4, 32), torch.zeros(8, dtype=torch.int32))
+    assert rows.shape == (8, 32)
+    assert not found
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_planned_op_leaves_nested_tensors_to_the_dispatcher() -> None:
+    x = torch.nested.nested_tensor([torch.zeros(2, 32), torch.zeros(1, 32)])
+    with pytest.raises(NotImplementedError, match=r"nvfp4_ops::permute.*Nested"):
+        nvfp4_ops.permute(x, torch.zeros(8, dtype=torch.int32))
+
+
 def test_planned_op_copies_rows_the_kernel_can_not_read(gpu: Launches) -> None:
     whole = torch.zeros(4 * 32 + 1).bfloat16()
     unaligned, strided = whole[1:].view(4, 32), torch.zeros(32, 4).bfloat16().t()
@@ -215,6 +276,74 @@ def test_planned_op_copies_rows_the_kernel_can_not_read(gpu: Launches) -> None:
     for x in (unaligned, unaligned, strided, strided):
         nvfp4_ops.round_nvfp4(x, scale)
         assert gpu.take() == expected
+
+
+def spread(x: Tensor) -> Tensor:
+    """The same values with gaps between the elements."""
+    spread = torch.stack([x.view(torch.uint8), x.view(torch.uint8)], dim=-1)
+    return spread[..., 0] if x.element_size() == 1 else torch.stack([x, x], dim=-1)[..., 0]
+
+
+RAGGED_OPS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "quantize": lambda x, offs: nvfp4_ops.quantize_nvfp4(x, torch.ones(()), offs),
+    "per_token": lambda x, offs: nvfp4_ops.quantize_per_token_nvfp4(x, offs),
+    "round": lambda x, offs: nvfp4_ops.round_nvfp4(x, torch.ones(()), offs),
+    "round_per_token": lambda x, offs: nvfp4_ops.round_per_token_nvfp4(x, offs),
+    "dequantize": lambda x, offs: nvfp4_ops.dequantize_nvfp4(
+        x.view(torch.uint8), torch.zeros(4, 8).to(torch.float8_e4m3fn), torch.ones(()), offs
+    ),
+    "swizzle": lambda x, offs: nvfp4_ops.swizzle_sf(
+        torch.zeros(4, 8).to(torch.float8_e4m3fn), offs
+    ),
+    "unswizzle": lambda x, offs: nvfp4_ops.unswizzle_sf(
+        torch.zeros(3, 2, 32, 16).to(torch.float8_e4m3fn), (4, 8), offs
+    ),
+}
+
+
+@pytest.mark.parametrize("op", RAGGED_OPS.values(), ids=RAGGED_OPS.keys())
+def test_planned_op_gives_kernels_contiguous_offs(op: Callable[..., Any], gpu: Launches) -> None:
+    """They refuse others."""
+    x, offs = torch.zeros(4, 32).bfloat16(), torch.tensor([1, 2, 4], dtype=torch.int32)
+    op(x, offs)
+    expected = gpu.take()
+    assert expected
+    for _ in range(2):
+        op(x, spread(offs))
+        assert gpu.take() == expected
+
+
+@pytest.mark.parametrize("which", ["weight", "offs", "row_scale"])
+def test_planned_grouped_mm_gives_kernels_contiguous_operands(
+    which: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = make_layer(None).down_proj.weight
+    gpu = pretend_gpu.pretend(monkeypatch)
+    operands = {
+        "weight": weight,
+        "offs": torch.full((8,), 4, dtype=torch.int32),
+        "row_scale": torch.ones(4, 1),
+    }
+
+    def launched(early_weights: bool, **operands: Tensor) -> list[Any]:
+        nvfp4_ops.grouped_scaled_mm(
+            torch.zeros(4, 64).bfloat16(),
+            operands["weight"],
+            None,
+            None,
+            torch.ones(8),
+            operands["offs"],
+            row_scale=operands["row_scale"],
+            num_columns=64,
+            early_weights=early_weights,
+        )
+        return gpu.take()
+
+    # A copy is not complete when the kernel ahead of this one starts.
+    is_early = which == "row_scale"
+    expected = launched(is_early, **operands)
+    assert launched(True, **{**operands, which: spread(operands[which])}) == expected
+    assert launched(True, **operands) == launched(True, **operands)
 
 
 def test_planned_op_is_dispatched_for_who_watches(gpu: Launches) -> None:
@@ -359,6 +488,36 @@ def test_layer_runs_the_hooks_of_its_projections(monkeypatch: pytest.MonkeyPatch
     assert len(calls) == 2
 
 
+def test_layer_runs_a_forward_put_on_its_projections(monkeypatch: pytest.MonkeyPatch) -> None:
+    moe, inputs, calls = make_layer(None), routing(), []
+    pretend_gpu.pretend(monkeypatch)
+    moe(*inputs)
+    forward = moe.down_proj.forward
+    monkeypatch.setattr(
+        moe.down_proj, "forward", lambda *args, **kw: calls.append(1) or forward(*args, **kw)
+    )
+    moe(*inputs)
+    moe(*inputs)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_planned_layer_takes_parameters_for_buffers(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moe, other, inputs = make_layer(None, bias=True), make_layer(None), routing()
+    gpu = pretend_gpu.pretend(monkeypatch)
+    other(*inputs)  # whose plan is without bias
+    gpu.take()
+    moe(*inputs)
+    expected = gpu.take()
+    buffer = getattr(moe.down_proj, name)
+    setattr(moe.down_proj, name, torch.nn.Parameter(buffer, requires_grad=False))
+    for _ in range(2):
+        moe(*inputs)
+        assert gpu.take() == expected
+
+
 def test_layer_with_code_of_the_users_is_not_planned() -> None:
     moe = make_layer(None)
     assert moe._may_plan()
@@ -426,6 +585,16 @@ def test_recording_replays_steps_with_other_inputs() -> None:
     assert replay is not None
     other = torch.rand(4, 32)
     assert torch.equal(replay(other, "kind"), other * 2 + other)
+
+
+def test_recording_replays_a_step_of_one_argument() -> None:
+    with plans.record() as recording:
+        negated = plans.step(torch.neg, X)
+    assert recording is not None
+    replay = recording.plan((Y, X), negated)
+    assert replay is not None
+    other = torch.rand(4, 32)
+    assert torch.equal(replay(Y, other), -other)
 
 
 def test_recording_of_unknown_tensors_gives_no_plan() -> None:

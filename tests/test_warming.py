@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import nvfp4_ops
 from nvfp4_ops import NVFP4MoE, warming
-from nvfp4_ops.kernels import compile_cache
+from nvfp4_ops.kernels import compile_cache, prepack_sm90
 
 LADDERS: dict[str, tuple[int, ...]] = {
     "none": (),
@@ -104,6 +104,30 @@ def test_warmup_runs_each_kind_of_layer_once(ran: Ran) -> None:
     )
     assert nvfp4_ops.warmup(model, 4, top_k=TOP_K) == 3
     assert ran.layers == {id(same), id(other), id(quantized)}
+
+
+def test_warmup_tells_layers_apart_by_more_than_their_tensors(ran: Ran) -> None:
+    """A limit is in no tensor, and prepacked weights of several sizes have one shape."""
+
+    def prepacked(hidden: int, intermediate: int, limit: float | None = None) -> NVFP4MoE:
+        moe = NVFP4MoE(hidden, intermediate, EXPERTS, activation_limit=limit)
+        for projection in moe.projections().values():
+            assert projection.weight_scale is not None
+            projection.weight = prepack_sm90.prepack(
+                projection.weight, projection.weight_scale, gated=projection.gated
+            )
+            projection.weight_scale = None
+        return moe
+
+    layers = [
+        prepacked(64, 64),
+        prepacked(64, 64, limit=7.0),
+        prepacked(64, 64, limit=10.0),
+        prepacked(48, 64),
+        prepacked(64, 48),
+    ]
+    nvfp4_ops.warmup(nn.ModuleList([*layers, prepacked(64, 64)]), 2, top_k=TOP_K)
+    assert ran.layers == set(map(id, layers))
 
 
 def test_warmup_uses_the_router_and_what_is_passed(ran: Ran) -> None:

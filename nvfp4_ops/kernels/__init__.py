@@ -265,6 +265,15 @@ def _with_readable_rows(launch: Launch, x: Tensor) -> Launch:
     return lambda x, *others: launch(x.clone(memory_format=torch.contiguous_format), *others)
 
 
+def _with_contiguous_offs(launch: Launch, offs: Tensor | None, position: int) -> Launch:
+    """``launch``, whose argument at ``position`` is like offs, given a copy of it if need be."""
+    if offs is None or offs.is_contiguous():
+        return launch
+    return lambda *args: launch(
+        *args[:position], args[position].contiguous(), *args[position + 1 :]
+    )
+
+
 def prepare_quantize(
     x: Tensor,
     global_scale: Tensor,
@@ -287,7 +296,7 @@ def prepare_quantize(
         activation=activation,
         limit=limit,
     )
-    launch = _with_readable_rows(launch, x)
+    launch = _with_contiguous_offs(_with_readable_rows(launch, x), offs, 2)
     return lambda x, global_scale, *others: launch(x, global_scale.contiguous(), *others)
 
 
@@ -306,7 +315,7 @@ def prepare_quantize_per_token(
         return None
     get_compiled = _get_compiled("quantize_per_token", "per_token")
     launch = per_token_launch.prepare_quantize_per_token(_readable_rows(x), config, get_compiled)
-    return _with_readable_rows(launch, x)
+    return _with_contiguous_offs(_with_readable_rows(launch, x), offs, 1)
 
 
 def prepare_round(
@@ -320,7 +329,7 @@ def prepare_round(
     launch = quantize_launch.prepare_round(
         _readable_rows(x), global_scale, offs, token_of_row, get_compiled
     )
-    launch = _with_readable_rows(launch, x)
+    launch = _with_contiguous_offs(_with_readable_rows(launch, x), offs, 2)
 
     def launch_contiguous(
         x: Tensor,
@@ -351,7 +360,7 @@ def prepare_round_per_token(
         return None
     get_compiled = _get_compiled("quantize_per_token", "per_token")
     launch = per_token_launch.prepare_round_per_token(_readable_rows(x), config, get_compiled)
-    launch = _with_readable_rows(launch, x)
+    launch = _with_contiguous_offs(_with_readable_rows(launch, x), offs, 1)
     if token_of_row is None or token_of_row.is_contiguous():
         return launch
     return lambda x, offs, tokens, *others: launch(x, offs, tokens.contiguous(), *others)
@@ -372,6 +381,7 @@ def prepare_dequantize(
     launch = decode_launch.prepare_decode(
         codes, block_scale, global_scale, offs, dtype, get_compiled
     )
+    launch = _with_contiguous_offs(launch, offs, 3)
 
     def launch_dense(
         codes: Tensor,
@@ -398,6 +408,7 @@ def prepare_swizzle(sf: Tensor, offs: Tensor | None) -> Launch:
     """launch(sf, swizzled, offs) writes ``swizzled`` from linear sf (R, C) or (E, N, C)."""
     get_compiled = _get_compiled("swizzle", "swizzle_sf")
     launch = swizzle_launch.prepare_swizzle("swizzle", sf.contiguous(), offs, get_compiled)
+    launch = _with_contiguous_offs(launch, offs, 2)
     return lambda sf, swizzled, offs: launch(sf.contiguous(), swizzled, offs)
 
 
@@ -405,7 +416,7 @@ def unswizzle(swizzled: Tensor, offs: Tensor | None, sf: Tensor) -> None:
     """Write linear block scales ``sf`` (R, C) or (E, N, C), contiguous, from swizzled ones."""
     get_compiled = _get_compiled("swizzle", "swizzle_sf")
     launch = swizzle_launch.prepare_swizzle("unswizzle", sf, offs, get_compiled)
-    launch(sf, swizzled.contiguous(), offs)
+    launch(sf, swizzled.contiguous(), None if offs is None else offs.contiguous())
 
 
 def prepare_sort(top_k_index: Tensor, num_experts: int) -> Launch:

@@ -75,5 +75,6 @@ def _memory_file(content: bytes = b"") -> Iterator[tuple[int, str]]:
     with open(os.memfd_create("nvfp4_ops"), "w+b", buffering=0) as file:
         file.write(content)
         # The system's loader knows a library by its path, and descriptors are used again.
-        unique = "./" * next(_num_libraries)
+        # Its number in base 2, in steps that lead nowhere: paths have a limited length.
+        unique = "".join("./" if bit == "1" else "/" for bit in f"{next(_num_libraries):b}")
         yield file.fileno(), f"/proc/self/fd/{unique}{file.fileno()}"

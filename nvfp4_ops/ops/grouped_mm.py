@@ -93,6 +93,7 @@ def _plan_kernel(arguments: Arguments, act: Activation) -> Run:
     is_complete = fused == act
     mm_shape = (num_rows, n // 2 if fused.gated else n)
     mm_dtype = out_dtype if is_complete else torch.float32
+    is_dense = b.is_contiguous() and offs.is_contiguous()
     rows_of = _plan_rows(a, sf_a, offs, k)
     launch = kernels.prepare_grouped_mm(
         num_rows,
@@ -105,8 +106,8 @@ def _plan_kernel(arguments: Arguments, act: Activation) -> Run:
         bias=bias is not None,
         activation=fused.name,
         limit=fused.limit,
-        # What is packed by this very call is not complete before.
-        early_weights=arguments.early_weights and is_packed,
+        # What is packed or copied by this very call is not complete before.
+        early_weights=arguments.early_weights and is_packed and is_dense,
     )
 
     def run(
@@ -121,6 +122,8 @@ def _plan_kernel(arguments: Arguments, act: Activation) -> Run:
         *_: object,
     ) -> Tensor:
         out = a.new_empty(*mm_shape, dtype=mm_dtype)
+        if not is_dense:
+            b, offs = b.contiguous(), offs.contiguous()
         if is_gated_for_nothing:
             b, sf_b = kernels.unpack(b, n, k)
         launch(
@@ -128,7 +131,7 @@ def _plan_kernel(arguments: Arguments, act: Activation) -> Run:
             b if sf_b is None else _prepack(b, sf_b, n, k, act),
             offs,
             alpha.contiguous(),
-            None if row_scale is None else row_scale.reshape(-1),
+            None if row_scale is None else row_scale.ravel(),
             None if bias is None else bias.float().contiguous(),
             out,
         )
