@@ -93,12 +93,13 @@ def disable() -> None:
     """
     from torch._inductor import config
 
-    installed = _installed()
+    installed: Any = _installed()
     if installed is None:
         return
     installed.options = None
+    previous = installed.previous
     if config.post_grad_custom_pre_pass is installed:
-        config.post_grad_custom_pre_pass = installed.previous
+        config.post_grad_custom_pre_pass = previous
 
 
 def current() -> Options | None:
