@@ -248,6 +248,8 @@ def line(result: RowsResult | LayerResult) -> str:
 
 def main() -> None:
     out = parse_out(__doc__.splitlines()[0])
+    if not torch.cuda.is_available():
+        sys.exit("lowering: needs a CUDA GPU, whose kernels it times")
     report = Report(
         "lowering",
         {},

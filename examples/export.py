@@ -79,7 +79,10 @@ def export(directory: Path) -> None:
 
 def main(directory: str | Path | None = None) -> None:
     with tempfile.TemporaryDirectory() as temporary:
-        export(Path(directory or temporary))
+        target = Path(directory or temporary)
+        # Before the model is traced, not after.
+        target.mkdir(parents=True, exist_ok=True)
+        export(target)
 
 
 if __name__ == "__main__":

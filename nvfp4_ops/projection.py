@@ -265,8 +265,9 @@ class ExpertProjection(nn.Module):
                 f"input_scale: must be {tuple(self.weight_scale_2.shape)}, got {tuple(scale.shape)}"
             )
         _check_scale("input_scale", scale)
-        device = self.weight.device
-        self.register_buffer("input_scale", scale.detach().to(device, torch.float32, copy=True))
+        # In the layout of the others too: a copy of one number of a row would keep its stride.
+        own = torch.empty_like(self.weight_scale_2).copy_(scale.detach())
+        self.register_buffer("input_scale", own)
         self._derive_static()
 
     def check_input_scale(self, name: str) -> None:

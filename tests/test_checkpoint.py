@@ -430,6 +430,18 @@ def test_load_experts_in_chunks_of_which_the_last_is_smaller(
     assert_same_state(loaded, expected)
 
 
+def test_load_experts_of_a_single_expert(tmp_path: Path) -> None:
+    """Its scales are compact too, though every stride of one number counts as contiguous."""
+    expected = NVFP4MoE.from_float(torch.randn(1, 64, 32), torch.randn(1, 32, 32))
+    expected.first_proj.set_input_scale(torch.tensor([[0.25, 0.5]]))
+    expected.down_proj.set_input_scale(torch.tensor([0.75]))
+    write_checkpoint(tmp_path, expert_tensors(expected, PREFIX))
+    loaded = load_experts(tmp_path, PREFIX, activation_scale="static")
+    assert_same_state(loaded, expected)
+    for projection in loaded.projections().values():
+        assert projection.input_scale.stride() == projection.weight_scale_2.stride()
+
+
 def test_load_experts_under_the_defaults_of_others(tmp_path: Path, moe: NVFP4MoE) -> None:
     """transformers sets default dtypes and devices while it builds a model."""
     write_checkpoint(tmp_path, expert_tensors(moe, PREFIX))

@@ -228,6 +228,15 @@ def test_package_of_a_decoder_has_the_bits_of_torch_compile(directory: Path) -> 
         assert error < 2**-8
 
 
+def test_export_example_makes_its_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(export_example, "export", lambda path: seen.append((path, path.is_dir())))
+    export_example.main(tmp_path / "new" / "one")
+    assert seen == [(tmp_path / "new" / "one", True)]
+
+
 def test_export_example_runs_a_package_in_a_new_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -307,6 +307,18 @@ def test_replace_experts_finds_weights_that_are_not_finite_before_it_begins(valu
     assert dict(model.named_modules()) == before
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn], ids=str)
+def test_replace_experts_refuses_other_dtypes_before_it_begins(dtype: torch.dtype) -> None:
+    model = build("Mixtral", torch.bfloat16)
+    before = dict(model.named_modules())
+    experts = model.model.layers[1].mlp.experts
+    experts.down_proj = nn.Parameter(experts.down_proj.to(dtype), requires_grad=False)
+    message = rf"model\.layers\.1\.mlp\.experts\.down_proj: must be bfloat16.*got {dtype}"
+    with pytest.raises(ValueError, match=message):
+        replace_experts(model)
+    assert dict(model.named_modules()) == before
+
+
 def test_replace_experts_refuses_models_without_weights_or_experts() -> None:
     with torch.device("meta"):
         model = build("Mixtral")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,25 @@ def test_inductor_enabled_contexts_nest() -> None:
         assert inductor.current() == outer
     assert inductor.current() is None
     inductor.disable()
+
+
+def test_inductor_contexts_of_threads_do_not_disturb_each_other() -> None:
+    """Whether settings are a thread's own (torch 2.13) or the process's, all is as before."""
+    seen = []
+
+    def in_another_thread() -> None:
+        with inductor.enabled(patterns=False, decompose=True):
+            seen.append(config.post_grad_custom_pre_pass.options)
+
+    with inductor.enabled():
+        outer = inductor.current()
+        thread = threading.Thread(target=in_another_thread)
+        thread.start()
+        thread.join()
+        assert seen == [inductor.Options(patterns=False, decompose=True)]
+        assert inductor.current() == outer
+        assert config.post_grad_custom_pre_pass.options == outer
+    assert config.post_grad_custom_pre_pass is None
 
 
 def test_inductor_disabled_pass_does_nothing_where_another_holds_it() -> None:

@@ -13,10 +13,11 @@ import pytest
 import torch
 from compare import assert_bytes_equal
 from lowering_graphs import run_rewritten
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 import nvfp4_ops
+from nvfp4_ops.lowering import inductor
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
@@ -290,6 +291,41 @@ def test_patterns_combine(combine: Call) -> None:
     rows = parts.down(parts.hidden, parts.plan[0])
     assert_bytes_equal(result, nvfp4_ops.combine(rows, parts.plan[2], weights))
     torch.testing.assert_close(result, function(*inputs), rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("sorted_first", "ragged"), [(True, True), (True, False), (False, False)], ids=str
+)
+def test_patterns_load_weights_early_only_after_rows_that_waited_for_offs(
+    sorted_first: bool, ragged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mm of codes decodes them in between; without codes nothing need follow the sort."""
+    graphs = []
+    rewrite = inductor.rewrite
+
+    def keep(graph: fx.Graph, options: inductor.Options) -> dict[str, int]:
+        graphs.append(graph)
+        return rewrite(graph, options)
+
+    def function(index: Tensor, hidden: Tensor) -> Tensor:
+        if sorted_first:
+            offs, token_of_row, _ = nvfp4_ops.sort_by_expert(index, EXPERTS)
+            hidden = hidden if ragged else hidden[token_of_row]
+        given = offs if ragged else None
+        codes, sf = nvfp4_ops.quantize_nvfp4(hidden, parts.scale, given)
+        if not sorted_first:
+            offs, _, _ = nvfp4_ops.sort_by_expert(index, EXPERTS)
+        w = parts.moe.down_proj
+        return nvfp4_ops.grouped_scaled_mm(
+            codes, w.weight, sf, w.weight_scale, w.weight_scale_2, offs, early_weights=True
+        )
+
+    monkeypatch.setattr(inductor, "rewrite", keep)
+    _, counts, _ = run_rewritten(function, parts.index, parts.hidden)
+    assert counts["values"] == 1
+    mm = torch.ops.nvfp4_ops.grouped_scaled_mm.default
+    (call,) = graphs[0].find_nodes(op="call_function", target=mm)
+    assert call.args[-1] is sorted_first
 
 
 # What must be left alone. Each returns all that it makes, so that any rewrite would show.

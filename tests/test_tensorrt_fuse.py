@@ -351,6 +351,44 @@ def test_composite_fake_has_the_metadata_of_eager(op: Any, num_tokens: int) -> N
     assert eager.shape == (num_tokens, HIDDEN)
 
 
+@pytest.mark.parametrize("prepacked", [False, True], ids=["canonical", "prepacked"])
+def test_fuse_knows_the_size_of_experts_that_return_another(prepacked: bool) -> None:
+    """A graph of the ops need not come from NVFP4MoE, whose output has the size of its input."""
+    out_features = HIDDEN + 16
+    w = nvfp4_ops.quantize_weight(torch.randn(EXPERTS, out_features, INTERMEDIATE).bfloat16())
+    down = w.codes, w.block_scale, None
+    if prepacked:
+        down = nvfp4_ops.prepack_weight(w.codes, w.block_scale), None, out_features
+    first = moe(None).first_proj
+
+    class Experts(nn.Module):
+        def forward(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            offs, token_of_row, row_of_slot = nvfp4_ops.sort_by_expert(index, EXPERTS)
+            hidden = nvfp4_ops.grouped_scaled_mm(
+                nvfp4_ops.permute(x, token_of_row),
+                first.weight,
+                None,
+                first.weight_scale,
+                first.weight_scale_2,
+                offs,
+                activation="silu_mul",
+            )
+            rows = nvfp4_ops.grouped_scaled_mm(
+                hidden, down[0], None, down[1], w.global_scale, offs, num_columns=down[2]
+            )
+            return nvfp4_ops.combine(rows, row_of_slot, weights)
+
+    index, weights = nvfp4_ops.softmax_top_k(torch.randn(6, EXPERTS), TOP_K)
+    inputs = (torch.randn(6, HIDDEN).bfloat16(), index, weights)
+    model = Experts().eval()
+    fused = lowering.fuse(torch.export.export(model, inputs).module())
+    assert len(fused.graph.find_nodes(op="call_function", target=MOE)) == 1
+    again = torch.export.export(fused, inputs)
+    (output,) = again.graph.output_node().args[0]
+    assert output.meta["val"].shape == (6, out_features)
+    assert_bytes_equal(fused(*inputs), model(*inputs))
+
+
 def test_composite_backward_raises_as_that_of_any_op() -> None:
     x, *others = composite_arguments(None, 3)[LINEAR]
     out = LINEAR(x.requires_grad_(), *others)

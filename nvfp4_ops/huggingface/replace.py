@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from nvfp4_ops.checkpoint import Checkpoint, open_checkpoint
 from nvfp4_ops.checkpoint.experts import Experts
+from nvfp4_ops.checkpoint.index import FLOAT_DTYPES
 from nvfp4_ops.huggingface.families import ExpertsSpec, experts_modules, experts_spec
 from nvfp4_ops.huggingface.names import ModelNames
 from nvfp4_ops.linear import NVFP4Linear
@@ -162,13 +163,18 @@ def _check_stored(
 
 def _check_weights(name: str, module: nn.Module) -> None:
     """Raise ValueError unless float experts can be quantized."""
-    if module.get_parameter("down_proj").is_meta:
-        raise ValueError(f"{name}: has no weights (meta device); give a checkpoint")
     for weight_name, weight in module.named_parameters():
+        if weight.is_meta:
+            raise ValueError(f"{name}: has no weights (meta device); give a checkpoint")
+        if weight.ndim != 3:
+            continue
+        if weight.dtype not in FLOAT_DTYPES:
+            raise ValueError(
+                f"{name}.{weight_name}: must be bfloat16, float16 or float32 to be quantized, got "
+                f"{weight.dtype}; load the model in bfloat16"
+            )
         # By extremes, as quantize_weight does: a mask of all elements might find no room.
-        if weight.ndim == 3 and not all(
-            bool(extreme.isfinite()) for extreme in weight.detach().aminmax()
-        ):
+        if not all(bool(extreme.isfinite()) for extreme in weight.detach().aminmax()):
             raise ValueError(f"{name}.{weight_name}: must be finite, has Inf or NaN")
 
 

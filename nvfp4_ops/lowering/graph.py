@@ -110,6 +110,23 @@ def used_only_within(nodes: set[fx.Node], root: fx.Node) -> bool:
     return all(user is root or user in inner for node in inner for user in node.users)
 
 
+def depends_on(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a node is computed from another, or from outputs of the call that made it."""
+    if source.op != "call_function":
+        return True  # what a graph is given is there before all that it computes
+    origin = source.args[0] if source.target is operator.getitem else source
+    seen: set[fx.Node] = set()
+    left = [node]
+    while left:
+        each = left.pop()
+        if each is origin:
+            return True
+        if each not in seen:
+            seen.add(each)
+            left += each.all_input_nodes
+    return False
+
+
 def insert(graph: fx.Graph, before: fx.Node, target: Any, *args: Any) -> fx.Node:
     """A call before a node, with its fake value."""
     with graph.inserting_before(before):

@@ -8,6 +8,7 @@
 
 Nothing is installed at import. A function keeps the code it was compiled to, which the modules of a
 class share: enable before the first call, and ``torch.compiler.reset()`` to compile anew.
+From torch 2.13 on Inductor's settings are a thread's own: enable in the thread that compiles.
 ``counts`` tells how often each rewrite fired; a graph that Inductor finds in its cache was
 rewritten when it was put there, and is not counted again.
 
@@ -18,6 +19,7 @@ options, so a graph is found again only by the very code that made it.
 import contextlib
 import functools
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -40,7 +42,21 @@ class Options:
     decompose: bool
 
 
-_installed: Any = None
+_last: ContextVar[Any] = ContextVar("nvfp4_ops.lowering.inductor", default=None)
+"""The pass that this thread enabled last: another that was put in its place may still call it."""
+
+
+def _installed() -> Any:
+    """The pass that is in force, or None.
+
+    Inductor's settings tell, which belong to the process or, in newer versions, to the thread.
+    """
+    from torch._inductor import config
+
+    for each in (config.post_grad_custom_pre_pass, _last.get()):
+        if isinstance(getattr(each, "options", None), Options):
+            return each
+    return None
 
 
 def enable(*, patterns: bool = True, decompose: bool = DECOMPOSE_BY_DEFAULT) -> None:
@@ -58,15 +74,15 @@ def enable(*, patterns: bool = True, decompose: bool = DECOMPOSE_BY_DEFAULT) -> 
     Raises:
         ValueError: there is nothing to enable.
     """
-    global _installed
     if not patterns and not decompose:
         raise ValueError("patterns, decompose: at least one must be True; disable() removes both")
     disable()
     from torch._inductor import config
 
     previous = config.post_grad_custom_pre_pass
-    _installed = _make_pass(Options(patterns, decompose), previous)
-    config.post_grad_custom_pre_pass = _installed
+    installed = _make_pass(Options(patterns, decompose), previous)
+    _last.set(installed)
+    config.post_grad_custom_pre_pass = installed
 
 
 def disable() -> None:
@@ -75,21 +91,21 @@ def disable() -> None:
     Where another pass has been put in its place that still calls this one, this one does nothing
     from now on.
     """
-    global _installed
-    if _installed is None:
-        return
     from torch._inductor import config
 
-    installed: Any = _installed
+    installed: Any = _installed()
+    if installed is None:
+        return
+    installed.options = None
     previous = installed.previous
-    _installed = installed.options = None
     if config.post_grad_custom_pre_pass is installed:
         config.post_grad_custom_pre_pass = previous
 
 
 def current() -> Options | None:
     """The options in force, or None."""
-    options: Options | None = None if _installed is None else _installed.options
+    installed = _installed()
+    options: Options | None = None if installed is None else installed.options
     return options
 
 

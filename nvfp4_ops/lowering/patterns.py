@@ -29,6 +29,7 @@ from nvfp4_ops.lowering.graph import (
     arguments,
     aten,
     calls,
+    depends_on,
     insert,
     insert_output,
     is_call,
@@ -262,6 +263,8 @@ def fuse_values(graph: fx.Graph) -> int:
                 scale.replace_all_uses_with(insert_output(graph, scale, new, 1))
         for mm in mms:
             changed = arguments(mm) | {"a": rows, "sf_a": None}
+            # What decoded the codes waited for offs, as early weights ask; rows may come before.
+            changed["early_weights"] &= depends_on(rows, changed["offs"])
             mm.replace_all_uses_with(insert(graph, mm, MM, *changed.values()))
         graph.eliminate_dead_code()
         count += 1

@@ -5,7 +5,7 @@ bits. Nobody calls these by hand: ``fuse`` puts them into graphs. Schemas have t
 then the plain values; a projection is five tensors, in the order of ``Projection``.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from nvfp4_ops.routing import combine, permute, sort_by_expert
 
 _LIBRARY = torch.library.Library("nvfp4_ops", "FRAGMENT")
 _NO_ACTIVATION = Activation()
+_DOWN_WEIGHT = 6
+"""Behind x and top_k_index: after top_k_weights and the five tensors of the first projection."""
 
 
 class Projection(NamedTuple):
@@ -136,8 +138,11 @@ def _linear(
     return _round_and_multiply(x, projection, activation_scale, offs, _NO_ACTIVATION)
 
 
-def _fake_moe(x: Tensor, top_k_index: Tensor, *_: object) -> Tensor:
-    return x.new_empty((top_k_index.shape[0], x.shape[1]))
+def _fake_moe(x: Tensor, top_k_index: Tensor, *arguments: Any) -> Tensor:
+    down_weight, down_num_columns = arguments[_DOWN_WEIGHT], arguments[-1]
+    # Experts need not return to the size of x.
+    columns = down_weight.shape[1] if down_num_columns is None else down_num_columns
+    return x.new_empty((top_k_index.shape[0], columns))
 
 
 def _fake_linear(
