@@ -127,7 +127,7 @@ def write_plots(directory: Path) -> list[Path]:
     paths = []
     for name, draw in (("moe_latency", draw_latency), ("moe_gain", draw_gain)):
         path = directory / f"{name}.png"
-        draw(cells, title).savefig(path, dpi=130)
+        draw(cells, title).savefig(path, dpi=100, pil_kwargs={"optimize": True})
         paths.append(path)
     return paths
 

@@ -120,7 +120,7 @@ def write_plot(document: dict[str, Any], name: str, directory: Path) -> None:
     if find_spec("matplotlib") is None:
         print(f"{name}.png is not drawn: matplotlib is not installed")
         return
-    PLOTS[name](document).savefig(directory / f"{name}.png", dpi=120)
+    PLOTS[name](document).savefig(directory / f"{name}.png", dpi=100, pil_kwargs={"optimize": True})
 
 
 def main(arguments: Sequence[str]) -> None:
