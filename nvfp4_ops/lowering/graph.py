@@ -14,8 +14,6 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 aten, prims, ops = torch.ops.aten, torch.ops.prims, torch.ops.nvfp4_ops
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Schemas give the default of a dtype as the number that C++ knows it by.
-_DTYPE_OF_NUMBER = {15: torch.bfloat16}
 
 
 def is_call(node: Any, *targets: Any) -> bool:
@@ -46,13 +44,7 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     names = target._schema.arguments
     given = dict(zip((argument.name for argument in names), node.args, strict=False))
     given.update(node.kwargs)
-    return {argument.name: given.get(argument.name, _default(argument)) for argument in names}
-
-
-def _default(argument: Any) -> Any:
-    if str(argument.real_type) == "ScalarType" and argument.default_value is not None:
-        return _DTYPE_OF_NUMBER[argument.default_value]
-    return argument.default_value
+    return {argument.name: given.get(argument.name, argument.default_value) for argument in names}
 
 
 def output(node: Any, index: int, *targets: Any) -> fx.Node | None:

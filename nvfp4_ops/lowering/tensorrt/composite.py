@@ -36,10 +36,6 @@ class Projection(NamedTuple):
     bias: Tensor | None
     num_columns: int | None
 
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[1] if self.num_columns is None else self.num_columns
-
 
 def _round_and_multiply(
     x: Tensor,
@@ -138,25 +134,18 @@ def _linear(
     return _round_and_multiply(x, projection, activation_scale, offs, _NO_ACTIVATION)
 
 
+def _num_columns(weight: Tensor, num_columns: int | None) -> int:
+    return weight.shape[1] if num_columns is None else num_columns
+
+
 def _fake_moe(x: Tensor, top_k_index: Tensor, *arguments: Any) -> Tensor:
-    down_weight, down_num_columns = arguments[_DOWN_WEIGHT], arguments[-1]
     # Experts need not return to the size of x.
-    columns = down_weight.shape[1] if down_num_columns is None else down_num_columns
+    columns = _num_columns(arguments[_DOWN_WEIGHT], arguments[-1])
     return x.new_empty((top_k_index.shape[0], columns))
 
 
-def _fake_linear(
-    x: Tensor,
-    weight: Tensor,
-    weight_scale: Tensor | None,
-    alpha: Tensor,
-    input_scale: Tensor | None,
-    bias: Tensor | None,
-    activation_scale: str | None,
-    num_columns: int | None,
-) -> Tensor:
-    projection = Projection(weight, weight_scale, alpha, input_scale, bias, num_columns)
-    return x.new_empty((x.shape[0], projection.out_features))
+def _fake_linear(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
+    return x.new_empty((x.shape[0], _num_columns(weight, arguments[-1])))
 
 
 def _backward(*_: object) -> None:

@@ -14,6 +14,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from nvfp4_ops.lowering.graph import arguments as arguments_of
+from nvfp4_ops.lowering.graph import is_call
 from nvfp4_ops.lowering.tensorrt.composite import LINEAR, MOE
 
 _OPS = torch.ops.nvfp4_ops
@@ -31,17 +33,10 @@ def _require(condition: bool) -> None:
         raise _NoMatch
 
 
-def _is_call(node: Any, op: torch._ops.OpOverload) -> bool:
-    return isinstance(node, Node) and node.op == "call_function" and node.target is op
-
-
 def _call(node: Any, op: torch._ops.OpOverload) -> dict[str, Any]:
     """Arguments of a call of ``op`` by name, defaults included."""
-    _require(_is_call(node, op))
-    schema = op._schema.arguments
-    arguments = {x.name: x.default_value for x in schema if x.has_default_value()}
-    arguments.update(zip((x.name for x in schema), node.args, strict=False))
-    return arguments | node.kwargs
+    _require(is_call(node, op))
+    return arguments_of(node)
 
 
 def _source(node: Any, index: int) -> Node:
@@ -79,10 +74,10 @@ def _read_rows(mm: dict[str, Any], offs: Any, token_of_row: Any) -> _Rows:
         _require(_source(row_scale, 1) is rounding)
         arguments = _call(rounding, _OPS.round_per_token_nvfp4.default)
         mode, scale = "per_token", None
-    elif _is_call(rows, _OPS.round_nvfp4.default):
+    elif is_call(rows, _OPS.round_nvfp4.default):
         arguments = _call(rows, _OPS.round_nvfp4.default)
         mode, scale = "static", arguments["global_scale"]
-        if _is_call(scale, _OPS.global_scale.default):
+        if is_call(scale, _OPS.global_scale.default):
             measured = _call(scale, _OPS.global_scale.default)
             _require(measured["x"] is arguments["x"] and not measured["per_token"])
             mode, alpha, scale = "per_tensor", _other_factor(alpha, scale), None
