@@ -114,53 +114,50 @@ def check_rows(name: str, actual: Sequence[Tensor], y: Tensor, scale: Tensor) ->
 
 @torch.no_grad()
 def time_rows(
-    neighbour: Neighbour, columns: int, rows: Sequence[int], context: Context, device: str
+    call: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+    neighbour: Neighbour,
+    columns: int,
+    device: str,
+    context: Context = contextlib.nullcontext,
 ) -> list[float]:
-    """Compiled once for all numbers of rows."""
-    torch._dynamo.reset()
-    compiled = torch.compile(neighbour.quantized, fullgraph=True)
+    """Of each number of rows; context: of the first call, which compiles what is to be compiled."""
     scale = torch.tensor(SCALE, device=device)
     times = []
-    for num_rows in rows:
+    for num_rows in ROWS:
         width = neighbour.width * columns
         sets = max(2, ROTATED_BYTES // (2 * num_rows * width))
         inputs = [torch.randn(num_rows, width, device=device).bfloat16() for _ in range(sets)]
         torch._dynamo.mark_dynamic(inputs[0], 0)
         with context():
-            actual = compiled(inputs[0], scale)
+            actual = call(inputs[0], scale)
         check_rows(neighbour.name, actual, neighbour.function(inputs[0]), scale)
-        times.append(graph_time_us([lambda x=x: compiled(x, scale) for x in inputs]))
+        times.append(graph_time_us([lambda x=x: call(x, scale) for x in inputs]))
     return times
 
 
-@torch.no_grad()
-def time_fused(columns: int, rows: Sequence[int], device: str) -> list[float]:
-    scale = torch.tensor(SCALE, device=device)
+def compiled(neighbour: Neighbour) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Anew, and once for all numbers of rows."""
+    torch._dynamo.reset()
+    return torch.compile(neighbour.quantized, fullgraph=True)
 
-    def fused(x: Tensor) -> tuple[Tensor, Tensor]:
-        return nvfp4_ops.activate_and_quantize_nvfp4(x, scale, activation="silu_mul")
 
-    times = []
-    for num_rows in rows:
-        sets = max(2, ROTATED_BYTES // (4 * num_rows * columns))
-        inputs = [torch.randn(num_rows, 2 * columns, device=device).bfloat16() for _ in range(sets)]
-        check_rows("activate_and_quantize_nvfp4", fused(inputs[0]), silu_mul(inputs[0]), scale)
-        times.append(graph_time_us([lambda x=x: fused(x) for x in inputs]))
-    return times
+def fused(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    return nvfp4_ops.activate_and_quantize_nvfp4(x, scale, activation="silu_mul")
 
 
 def run_rows(device: str) -> list[RowsResult]:
     results = []
     for neighbour in NEIGHBOURS:
         for columns in COLUMNS:
-            by_op = time_rows(neighbour, columns, ROWS, contextlib.nullcontext, device)
-            by_inductor = time_rows(neighbour, columns, ROWS, decomposed, device)
-            gated = neighbour.width == 2
-            fused = time_fused(columns, ROWS, device) if gated else [None] * len(ROWS)
+            size = (neighbour, columns, device)
+            by_op = time_rows(compiled(neighbour), *size)
+            by_inductor = time_rows(compiled(neighbour), *size, decomposed)
+            has_op = neighbour.width == 2
+            by_fused_op = time_rows(fused, *size) if has_op else [None] * len(ROWS)
             results += [
                 RowsResult(neighbour.name, *figures)
                 for figures in zip(
-                    ROWS, [columns] * len(ROWS), by_op, by_inductor, fused, strict=True
+                    ROWS, [columns] * len(ROWS), by_op, by_inductor, by_fused_op, strict=True
                 )
             ]
     return results
