@@ -155,14 +155,19 @@ def activate_and_quantize_nvfp4(
     return quantize_nvfp4(activated, global_scale, offs, swizzled)
 
 
+def one_past_the_end(row_scale: Tensor, offs: Tensor | None) -> Tensor:
+    """row_scale (R, 1), with 1 for the rows of no expert."""
+    if offs is None:
+        return row_scale
+    rows = torch.arange(row_scale.shape[0], device=row_scale.device).unsqueeze(-1)
+    return torch.where(rows < offs[-1], row_scale, 1.0)
+
+
 def quantize_per_token_nvfp4(
     x: Tensor, activation: Activation, offs: Tensor | None = None, swizzled: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     activated = activations.apply(activation, x.float()).to(x.dtype)
-    row_scale = global_scale(activated, per_token=True)
-    if offs is not None:
-        rows = torch.arange(x.shape[0], device=x.device).unsqueeze(-1)
-        row_scale = torch.where(rows < offs[-1], row_scale, 1.0)
+    row_scale = one_past_the_end(global_scale(activated, per_token=True), offs)
     return *quantize_nvfp4(activated, row_scale, offs, swizzled), row_scale
 
 

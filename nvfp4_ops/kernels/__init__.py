@@ -36,6 +36,7 @@ from nvfp4_ops.kernels.prepack_sm90 import (
 __all__ = [
     "GATED_RANK",
     "PLAIN_RANK",
+    "has_elementwise",
     "num_weight_blocks",
     "prepack",
     "prepacked_shape",
@@ -81,6 +82,12 @@ def why_no_elementwise(x: Tensor, num_experts: int = 1) -> str | None:
     if x.numel() == 0:
         return "there is nothing to compute"
     return _why_not_so_many(num_experts) or why_no_kernels(x.device)
+
+
+def has_elementwise(x: Tensor, offs: Tensor | None = None) -> bool:
+    """Whether the elementwise and routing kernels serve x, in rows that end at ``offs``."""
+    num_experts = 1 if offs is None else offs.shape[0]
+    return x.is_cuda and why_no_elementwise(x, num_experts) is None
 
 
 def _why_not_so_many(num_experts: int) -> str | None:
@@ -265,13 +272,16 @@ def _with_readable_rows(launch: Launch, x: Tensor) -> Launch:
     return lambda x, *others: launch(x.clone(memory_format=torch.contiguous_format), *others)
 
 
-def _with_contiguous_offs(launch: Launch, offs: Tensor | None, position: int) -> Launch:
-    """``launch``, whose argument at ``position`` is like offs, given a copy of it if need be."""
-    if offs is None or offs.is_contiguous():
+def _with_contiguous(launch: Launch, arguments: dict[int, Tensor | None]) -> Launch:
+    """``launch``, whose arguments at these positions are like these, given copies if need be."""
+    strided = [i for i, x in arguments.items() if x is not None and not x.is_contiguous()]
+    if not strided:
         return launch
-    return lambda *args: launch(
-        *args[:position], args[position].contiguous(), *args[position + 1 :]
-    )
+
+    def launch_contiguous(*args: Tensor | None) -> None:
+        launch(*(x.contiguous() if i in strided else x for i, x in enumerate(args)))
+
+    return launch_contiguous
 
 
 def prepare_quantize(
@@ -296,8 +306,7 @@ def prepare_quantize(
         activation=activation,
         limit=limit,
     )
-    launch = _with_contiguous_offs(_with_readable_rows(launch, x), offs, 2)
-    return lambda x, global_scale, *others: launch(x, global_scale.contiguous(), *others)
+    return _with_contiguous(_with_readable_rows(launch, x), {1: global_scale, 2: offs})
 
 
 def prepare_quantize_per_token(
@@ -315,7 +324,7 @@ def prepare_quantize_per_token(
         return None
     get_compiled = _get_compiled("quantize_per_token", "per_token")
     launch = per_token_launch.prepare_quantize_per_token(_readable_rows(x), config, get_compiled)
-    return _with_contiguous_offs(_with_readable_rows(launch, x), offs, 1)
+    return _with_contiguous(_with_readable_rows(launch, x), {1: offs})
 
 
 def prepare_round(
@@ -329,20 +338,8 @@ def prepare_round(
     launch = quantize_launch.prepare_round(
         _readable_rows(x), global_scale, offs, token_of_row, get_compiled
     )
-    launch = _with_contiguous_offs(_with_readable_rows(launch, x), offs, 2)
-
-    def launch_contiguous(
-        x: Tensor,
-        global_scale: Tensor,
-        offs: Tensor | None,
-        token_of_row: Tensor | None,
-        out: Tensor,
-    ) -> None:
-        if token_of_row is not None:
-            token_of_row = token_of_row.contiguous()
-        launch(x, global_scale.contiguous(), offs, token_of_row, out)
-
-    return launch_contiguous
+    given = {1: global_scale, 2: offs, 3: token_of_row}
+    return _with_contiguous(_with_readable_rows(launch, x), given)
 
 
 def prepare_round_per_token(
@@ -360,10 +357,7 @@ def prepare_round_per_token(
         return None
     get_compiled = _get_compiled("quantize_per_token", "per_token")
     launch = per_token_launch.prepare_round_per_token(_readable_rows(x), config, get_compiled)
-    launch = _with_contiguous_offs(_with_readable_rows(launch, x), offs, 1)
-    if token_of_row is None or token_of_row.is_contiguous():
-        return launch
-    return lambda x, offs, tokens, *others: launch(x, offs, tokens.contiguous(), *others)
+    return _with_contiguous(_with_readable_rows(launch, x), {1: offs, 2: token_of_row})
 
 
 def prepare_dequantize(
@@ -381,22 +375,12 @@ def prepare_dequantize(
     launch = decode_launch.prepare_decode(
         codes, block_scale, global_scale, offs, dtype, get_compiled
     )
-    launch = _with_contiguous_offs(launch, offs, 3)
-
-    def launch_dense(
-        codes: Tensor,
-        block_scale: Tensor,
-        global_scale: Tensor | None,
-        offs: Tensor | None,
-        out: Tensor,
-    ) -> None:
-        if not _is_dense(codes):
-            codes = codes.clone(memory_format=torch.contiguous_format)
-        if global_scale is not None:
-            global_scale = global_scale.contiguous()
-        launch(codes, block_scale.contiguous(), global_scale, offs, out)
-
-    return launch_dense
+    launch = _with_contiguous(launch, {1: block_scale, 2: global_scale, 3: offs})
+    if _is_dense(codes):
+        return launch
+    return lambda codes, *others: launch(
+        codes.clone(memory_format=torch.contiguous_format), *others
+    )
 
 
 def _is_dense(codes: Tensor) -> bool:
@@ -408,8 +392,7 @@ def prepare_swizzle(sf: Tensor, offs: Tensor | None) -> Launch:
     """launch(sf, swizzled, offs) writes ``swizzled`` from linear sf (R, C) or (E, N, C)."""
     get_compiled = _get_compiled("swizzle", "swizzle_sf")
     launch = swizzle_launch.prepare_swizzle("swizzle", sf.contiguous(), offs, get_compiled)
-    launch = _with_contiguous_offs(launch, offs, 2)
-    return lambda sf, swizzled, offs: launch(sf.contiguous(), swizzled, offs)
+    return _with_contiguous(launch, {0: sf, 2: offs})
 
 
 def unswizzle(swizzled: Tensor, offs: Tensor | None, sf: Tensor) -> None:
@@ -423,7 +406,7 @@ def prepare_sort(top_k_index: Tensor, num_experts: int) -> Launch:
     """launch(top_k_index, offs, token_of_row, row_of_slot) writes the outputs of sort_by_expert."""
     get_compiled = _get_compiled("sort_by_expert", "sort_slots")
     launch = sort_launch.prepare_sort(top_k_index, num_experts, get_compiled)
-    return lambda index, *outputs: launch(index.contiguous(), *outputs)
+    return _with_contiguous(launch, {0: top_k_index})
 
 
 def prepare_permute(x: Tensor, token_of_row: Tensor) -> Launch:
@@ -432,9 +415,7 @@ def prepare_permute(x: Tensor, token_of_row: Tensor) -> Launch:
     num_rows = token_of_row.shape[0]
     if x.ndim == 2 and x.stride(1) == 1:
         launch = permute_launch.prepare_permute(x, num_rows, get_compiled)
-        if token_of_row.is_contiguous():
-            return launch
-        return lambda x, tokens, out: launch(x, tokens.contiguous(), out)
+        return _with_contiguous(launch, {1: token_of_row})
 
     def rows_of(x: Tensor) -> Tensor:
         """A view where the elements of a row lie together, else a copy."""
@@ -450,18 +431,12 @@ def prepare_combine(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor) ->
 
     out[t] = sum over j of top_k_weights[t, j] * rows[row_of_slot[t, j]].
     """
+    rows_together = rows.stride(1) == 1
     launch = combine_launch.prepare_combine(
-        rows if rows.stride(1) == 1 else rows.contiguous(),
+        rows if rows_together else rows.contiguous(),
         *row_of_slot.shape,
         top_k_weights.dtype,
         _get_compiled("combine", "combine_rows"),
     )
-
-    def launch_contiguous(
-        rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor, out: Tensor
-    ) -> None:
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        launch(rows, row_of_slot.contiguous(), top_k_weights.contiguous(), out)
-
-    return launch_contiguous
+    given = {1: row_of_slot, 2: top_k_weights}
+    return _with_contiguous(launch, given if rows_together else {0: rows} | given)

@@ -82,8 +82,7 @@ def _plan(
     dtype: torch.dtype | None = None,
 ) -> Run | None:
     _check(codes, block_scale, global_scale, offs, dtype)
-    num_experts = 1 if offs is None else offs.shape[0]
-    if not codes.is_cuda or kernels.why_no_elementwise(codes, num_experts) is not None:
+    if not kernels.has_elementwise(codes, offs):
         return None
     launch = kernels.prepare_dequantize(
         codes, block_scale, global_scale, offs, dtype or torch.float32

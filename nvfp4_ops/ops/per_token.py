@@ -1,6 +1,5 @@
 """quantize_per_token_nvfp4: rows and the global scale of each, in one pass over memory."""
 
-import torch
 from torch import Tensor
 
 from nvfp4_ops import activation as activations
@@ -38,8 +37,7 @@ def _plan(
     swizzled: bool = False,
 ) -> Run | None:
     act = _check(x, offs, activation, limit)
-    num_experts = 1 if offs is None else offs.shape[0]
-    if not x.is_cuda or kernels.why_no_elementwise(x, num_experts) is not None:
+    if not kernels.has_elementwise(x, offs):
         return None
     k = x.shape[1] // 2 if act.gated else x.shape[1]
     launch = kernels.prepare_quantize_per_token(x, offs, k=k, activation=act.name, limit=act.limit)
@@ -61,10 +59,7 @@ def _in_several_passes(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """For rows that are too long for the kernel."""
     y = x if act.name == "none" else activations.apply(act, x.float()).to(x.dtype)
-    row_scale = global_scale(y, per_token=True)
-    if offs is not None:
-        rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
-        row_scale = torch.where(rows < offs[-1], row_scale, 1.0)
+    row_scale = reference.one_past_the_end(global_scale(y, per_token=True), offs)
     return *quantize_nvfp4(y, row_scale, offs), row_scale
 
 

@@ -63,11 +63,6 @@ def _empty_per_token(x: Tensor, token_of_row: Tensor | None) -> tuple[Tensor, Te
     return _empty(x, token_of_row), row_scale
 
 
-def _has_kernel(x: Tensor, offs: Tensor | None) -> bool:
-    num_experts = 1 if offs is None else offs.shape[0]
-    return x.is_cuda and kernels.why_no_elementwise(x, num_experts) is None
-
-
 def _fake(
     x: Tensor,
     global_scale: Tensor,
@@ -87,7 +82,7 @@ def _plan(
     _check_scaled(x, global_scale, offs, token_of_row)
     if token_of_row is not None:
         check_indices("token_of_row", token_of_row, x.shape[0], "tokens")
-    if not _has_kernel(x, offs) or _num_rows(x, token_of_row) == 0:
+    if not kernels.has_elementwise(x, offs) or _num_rows(x, token_of_row) == 0:
         return None
     launch = kernels.prepare_round(x, global_scale, offs, token_of_row)
 
@@ -162,7 +157,7 @@ def _plan_per_token(
     _check_per_token(x, offs, token_of_row)
     if token_of_row is not None:
         check_indices("token_of_row", token_of_row, x.shape[0], "tokens")
-    if not _has_kernel(x, offs) or _num_rows(x, token_of_row) == 0:
+    if not kernels.has_elementwise(x, offs) or _num_rows(x, token_of_row) == 0:
         return None
     launch = kernels.prepare_round_per_token(x, offs, token_of_row)
     if launch is None:
@@ -185,10 +180,7 @@ def _in_several_passes(
     if token_of_row is not None:
         # Rows of -1 are zero then, and the scale of those is 1.
         x = reference.gather_rows(x, token_of_row)
-    row_scale = global_scale(x, per_token=True)
-    if offs is not None:
-        rows = torch.arange(x.shape[0], device=x.device).unsqueeze(1)
-        row_scale = torch.where(rows < offs[-1], row_scale, 1.0)
+    row_scale = reference.one_past_the_end(global_scale(x, per_token=True), offs)
     return round_nvfp4(x, row_scale, offs), row_scale
 
 

@@ -46,8 +46,7 @@ def _fake_swizzle(sf: Tensor, offs: Tensor | None = None) -> Tensor:
 
 def _plan_swizzle(sf: Tensor, offs: Tensor | None = None) -> Run | None:
     _check_swizzle(sf, offs)
-    num_experts = 1 if offs is None else offs.shape[0]
-    if not sf.is_cuda or kernels.why_no_elementwise(sf, num_experts) is not None:
+    if not kernels.has_elementwise(sf, offs):
         return None
     shape = _swizzled_shape(sf.shape, offs)
     launch = kernels.prepare_swizzle(sf, offs)
@@ -115,9 +114,8 @@ def _fake_unswizzle(sf: Tensor, shape: tuple[int, ...], offs: Tensor | None = No
 
 def _kernel_unswizzle(sf: Tensor, shape: tuple[int, ...], offs: Tensor | None = None) -> Tensor:
     _check_unswizzle(sf, shape, offs)
-    num_experts = 1 if offs is None else offs.shape[0]
     linear = sf.new_empty(tuple(shape))
-    if not linear.is_cuda or kernels.why_no_elementwise(linear, num_experts) is not None:
+    if not kernels.has_elementwise(linear, offs):
         return reference.unswizzle_sf(sf, tuple(shape), offs)
     kernels.unswizzle(sf, offs, linear)
     return linear

@@ -131,7 +131,7 @@ def _permute_fake(x: Tensor, token_of_row: Tensor) -> Tensor:
 def _permute_plan(x: Tensor, token_of_row: Tensor) -> Run | None:
     _check_permute(x, token_of_row)
     check_indices("token_of_row", token_of_row, x.shape[0], "tokens")
-    if not x.is_cuda or not token_of_row.numel() or kernels.why_no_elementwise(x) is not None:
+    if not token_of_row.numel() or not kernels.has_elementwise(x):
         return None
     launch = kernels.prepare_permute(x, token_of_row)
     shape = (token_of_row.shape[0], *x.shape[1:])
@@ -200,7 +200,7 @@ def _combine_fake(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor) -> T
 def _combine_plan(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor) -> Run | None:
     _check_combine(rows, row_of_slot, top_k_weights)
     check_indices("row_of_slot", row_of_slot, rows.shape[0], "rows")
-    if not rows.is_cuda or not row_of_slot.numel() or kernels.why_no_elementwise(rows) is not None:
+    if not row_of_slot.numel() or not kernels.has_elementwise(rows):
         return None
     launch = kernels.prepare_combine(rows, row_of_slot, top_k_weights)
     shape = (row_of_slot.shape[0], rows.shape[1])
