@@ -112,6 +112,45 @@ def test_prepack_scale_bytes_are_bf16_after_a_shift() -> None:
     assert nan.to(torch.int16).view(torch.bfloat16).isnan().all()
 
 
+def rotated(words: Tensor, left: int) -> Tensor:
+    return (words << left | words >> (32 - left)) & 0xFFFFFFFF
+
+
+def bf16_pair(words: Tensor) -> Tensor:
+    """(..., 2), the low half first."""
+    return words.to(torch.int32).view(torch.bfloat16).unflatten(-1, (-1, 2)).double()
+
+
+def test_prepacked_words_decode_to_operands_of_wgmma() -> None:
+    """By the operations of the kernel, in 64-bit integers: value * 2^-7 in each register."""
+    pytest.importorskip("cutlass")
+    from nvfp4_ops.kernels import grouped_mm_mainloop_sm90 as main_loop
+
+    codes, sf = random_weights(1, 64, 128)
+    packed = nvfp4_ops.prepack_weight(codes, sf).view(-1)
+    values = decode(codes, sf)[0].double()
+    shifts = torch.arange(4) * 8
+    words = (packed[:4096].view(2, 4, 32, 4, 4).long() << shifts).sum(-1)  # sub, warp, lane, j
+    scale_words = (packed[4096:].view(4, 8, 4, 4).long() << shifts).sum(-1)  # warp, g, group
+    mask, scale_mask = main_loop._CODE_MASK, main_loop._SCALE_MASK
+    rest = ((words & main_loop._REST_MASK) * main_loop._REST_FACTOR) & 0xFFFFFFFF
+    registers = [rotated(words, 26), rest, words, rotated(words, 29)]
+    lane = torch.arange(32)
+    for register, bits in enumerate(registers):
+        actual = bf16_pair((bits & mask).flatten()).view(2, 4, 32, 4, 2)
+        row = torch.arange(4).view(4, 1) * 16 + lane // 4 + 8 * (register % 2)
+        for sub in range(2):
+            for j in range(4):
+                scales = scale_words[..., 2 * sub + j // 2]
+                scales = (rotated(scales, 8) if j % 2 else scales) & scale_mask
+                scales = bf16_pair((scales | main_loop._SCALE_EXPONENT).flatten()).view(4, 8, 2)
+                scale = scales[:, lane // 4, register % 2]
+                column = sub * 64 + j * 16 + 8 * (register // 2) + 2 * (lane % 4)
+                for half in range(2):
+                    expected = values[row, column + half]
+                    assert torch.equal(actual[sub, :, :, j, half] * scale * 2.0**7, expected)
+
+
 def test_grouped_mm_on_the_cpu_takes_prepacked_weights() -> None:
     codes, sf = random_weights(4, 48, 80)
     x, offs = torch.randn(9, 80).bfloat16(), torch.tensor([2, 2, 7, 8], dtype=torch.int32)
@@ -256,6 +295,16 @@ def test_grouped_mm_compiles_to_register_operands_without_spills(
     # One wait after each 64 columns and one after the loop: where ptxas can not follow which
     # registers are in use it waits after every product instead.
     assert cubin.count(WGMMA_WAIT) == 3 * len(config.widths)
+
+
+def test_grouped_mm_says_when_its_ctas_do_not_fit_a_multiprocessor() -> None:
+    pytest.importorskip("cutlass")
+    from nvfp4_ops.kernels.grouped_mm_sm90 import GroupedMmSm90
+
+    config = choose_config(64 * 64, 64, 600, 16)
+    GroupedMmSm90(config)
+    with pytest.raises(ValueError, match=r"2 times \d+ bytes of shared memory are more than the"):
+        GroupedMmSm90(replace(config, blocks_per_sm=2))
 
 
 # ---- on a GPU
@@ -427,7 +476,7 @@ def test_choose_config_takes_the_tile_that_holds_most_experts() -> None:
     # 128 on average are often more; three times 160 are 480 and no padding.
     assert tokens(128 * 128, 128) == 144
     assert tokens(480 * 64 - 64 * 20, 64) == 160
-    assert tokens(3 * 8192, 8, out_fp32=True, row_scale=True) == 96
+    assert tokens(3 * 8192, 8, out_fp32=True, row_scale=True) == 128
     plain = choose_config(1, 1, 32, 16)
     assert choose_config(1, 1, 32, 16, bias=True) == replace(plain, bias=True)
 

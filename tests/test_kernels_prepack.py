@@ -123,7 +123,11 @@ def test_prepack_scales_equal_the_layout_and_come_back() -> None:
     sf = torch.cat([every.roll(shift) for shift in range(4)])
     words, encoded, decoded = as_words(sf.view(-1, 4)), *torch.empty(2, 256, dtype=torch.int32)
     _scales_on_host(*map(from_dlpack, (words, encoded, decoded)), Int32(256))
-    assert_bytes_equal(encoded.view(torch.uint8), prepack_sm90._encode_scales(sf))
+    a0, b0, a1, b1 = prepack_sm90._encode_scales(sf).view(-1, 4).long().unbind(-1)
+    # ``w & 0x0FF00FF0`` is a0 << 4 | a1 << 20, and of w rotated by 8 it is b0 << 4 | b1 << 20.
+    second = b0 << 4 | b1 << 20
+    placed = a0 << 4 | a1 << 20 | second >> 8 | (second & 0xF0) << 24
+    assert_bytes_equal(encoded, placed.int())
     # The sign goes to the codes.
     assert_bytes_equal(decoded.view(torch.uint8), sf & 0x7F)
 

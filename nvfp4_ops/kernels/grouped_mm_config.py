@@ -12,13 +12,20 @@ MAX_TILE_TOKENS = 160
 # has left: one more and ptxas waits for every product.
 _WIDTHS = {
     (16, 4): (8, 16),
-    (32, 4): (16, 32),
-    (96, 3): (64, 96),
-    (112, 2): (64, 112),
+    (32, 4): (16, 24, 32),
+    (48, 4): (32, 48),
+    (64, 4): (48, 64),
+    (96, 3): (48, 64, 96),
+    (112, 2): (64, 96, 112),
     (128, 2): (64, 96, 128),
-    (144, 2): (96, 144),
-    (160, 2): (96, 160),
+    (144, 2): (64, 96, 128, 144),
+    (160, 2): (64, 96, 128, 160),
 }
+# Registers a thread of the producer's warpgroup and of the others, by how many these are: what a
+# multiprocessor has, in units of 8, after all started with as many.
+_REGISTERS = {2: (40, 232), 3: (32, 160), 4: (32, 112)}
+_FEW_TOKENS = 16
+"""Tiles up to that size do without: the kernels before and after find room beside this one."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,16 @@ class GroupedMmConfig:
         return _WIDTHS.get((self.tile_tokens, self.warpgroups), (self.tile_tokens,))
 
     @property
+    def registers(self) -> tuple[int, int] | None:
+        """A thread's in the producer's warpgroup, which has then four warps, and in the others.
+
+        None: all have as many as fit.
+        """
+        if self.tile_tokens <= _FEW_TOKENS or self.blocks_per_sm > 1:
+            return None
+        return _REGISTERS.get(self.warpgroups)
+
+    @property
     def row_blocks(self) -> int:
         """Blocks of 64 weight rows in a tile of one CTA."""
         return 1 if self.split_k else self.warpgroups
@@ -111,6 +128,8 @@ _LARGE_TILES = (
 )
 # Microseconds of 64 experts of 2048 x 2048 with as many rows each, on an H200.
 _TIME_OF_WIDTH = {64: 77, 96: 86, 112: 93, 128: 102, 144: 113, 160: 122}
+# And for each row of a tile that is loaded and not multiplied.
+_TIME_OF_PADDING = 0.17
 # Quartiles of the normal distribution, in the middle of each quarter.
 _SCATTER = (-1.15, -0.32, 0.32, 1.15)
 
@@ -130,13 +149,14 @@ _TOUCHED_SHARES = (0.92, 0.96, 1.0, 1.04, 1.08)
 
 def _expected_time(config: GroupedMmConfig, rows: int) -> float:
     """Of an expert with ``rows`` on average, in units of ``_TIME_OF_WIDTH``."""
-    total = 0.0
+    total, tokens = 0.0, config.tile_tokens
     for deviation in _SCATTER:
         actual = round(rows + deviation * rows**0.5)
-        full, rest = divmod(actual, config.tile_tokens)
-        total += full * _TIME_OF_WIDTH[config.tile_tokens]
+        full, rest = divmod(actual, tokens)
+        total += full * _TIME_OF_WIDTH[tokens]
         if rest:
-            total += _TIME_OF_WIDTH[next(width for width in config.widths if rest <= width)]
+            width = next(width for width in config.widths if rest <= width)
+            total += _TIME_OF_WIDTH[width] + (tokens - width) * _TIME_OF_PADDING
     return total / len(_SCATTER)
 
 
@@ -156,7 +176,7 @@ def _split(tile_tokens: int, tiles: int) -> dict[str, Any]:
         return dict(split_k=True, warpgroups=2, stages=6, blocks_per_sm=2)
     if tile_tokens == 8 and tiles > 4 * _MULTIPROCESSORS:
         # One CTA multiplies while the other starts or ends a tile.
-        return dict(split_k=True, warpgroups=3, stages=5, blocks_per_sm=2)
+        return dict(split_k=True, warpgroups=3, stages=4, blocks_per_sm=2)
     return dict(split_k=True, stages=6 if tile_tokens == 8 else 4)
 
 
@@ -198,9 +218,9 @@ def choose_config(
         # Where both fill the multiprocessors, tiles of 192 rows are somewhat slower.
         if 1.01 * _streaming_time(smaller, *shape) < _streaming_time(config, *shape):
             return smaller
-    if config.tile_tokens > 96 and config.out_fp32 and config.row_scale:
+    if config.tile_tokens > 128 and config.out_fp32 and config.row_scale:
         # Their addresses leave no registers for more tokens.
-        return replace(config, tile_tokens=96, warpgroups=2, stages=4)
+        return replace(config, tile_tokens=128, stages=4)
     return config
 
 

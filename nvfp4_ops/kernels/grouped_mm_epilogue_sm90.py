@@ -48,10 +48,10 @@ class TileOfExpert(NamedTuple):
     num_left: Int32
 
 
-def load_16_bytes(pointer, out):
+def load_16_bytes(address, out):
     """From shared memory into four registers."""
     # make_ptr asserts the alignment; Pointer.align would round the address up at run time.
-    aligned = cute.make_ptr(Uint32, pointer.toint(), AddressSpace.smem, assumed_align=VECTOR_BYTES)
+    aligned = cute.make_ptr(Uint32, address, AddressSpace.smem, assumed_align=VECTOR_BYTES)
     cute.autovec_copy(cute.make_tensor(aligned, cute.make_layout(4)), out)
 
 
@@ -185,18 +185,18 @@ class Epilogue:
                         _float_at(arguments.out, target)[0] = values[eight * 4 + r * 2 + c]
             element = element + Int64(8 * num_columns)
 
-    @cute.jit
-    def _stage_bf16(self, acc, lines, start: cutlass.Constexpr[int], stop: cutlass.Constexpr[int]):
-        """Tokens start .. stop; 8 of them x 8 columns a matrix, four matrices at a time."""
+    def _stage_bf16(self, acc, lines, start: int, stop: int):
+        """Tokens start .. stop; 8 of them x 8 columns a matrix, up to four matrices at a time."""
         lane, group_warp = cute.arch.lane_idx(), cute.arch.warp_idx() % 4
         values = cute.make_tensor(acc.iterator, cute.make_layout(self.width // 2))
         rows = 1 if self.config.gated else 2
-        eights_at_once = 4 // rows
-        for first in cutlass.range_constexpr(start // 8, stop // 8, eights_at_once):
-            eights = min(eights_at_once, stop // 8 - first)
+        first = start // 8
+        while first < stop // 8:
+            # There are instructions for one, two and four matrices.
+            eights = next(n for n in (4 // rows, 2 // rows, 1) if first + n <= stop // 8)
             packed = []
-            for eight in cutlass.range_constexpr(first, first + eights):
-                for r in cutlass.range_constexpr(rows):
+            for eight in range(first, first + eights):
+                for r in range(rows):
                     i = eight * 4 + r * 2
                     high_low = values[i + 1], values[i]
                     code = "cvt.rn.bf16x2.f32 {$w0}, {$r0}, {$r1};"
@@ -212,6 +212,7 @@ class Epilogue:
                 f"{{{registers}}};",
                 read_only_args=[address, *packed],
             )
+            first += eights
 
     @cute.jit
     def _store_bf16(self, acc, lines, barrier, tile, arguments):
@@ -230,7 +231,8 @@ class Epilogue:
                 if token < tile.num_left and token < stop and column < num_columns:
                     chunk = cute.make_rmem_tensor(cute.make_layout(4), Uint32)
                     line = (token - start) * self.line_bytes
-                    load_16_bytes(lines + line + (thread % chunks) * VECTOR_BYTES, chunk)
+                    address = (lines + line + (thread % chunks) * VECTOR_BYTES).toint()
+                    load_16_bytes(address, chunk)
                     row = Int64(tile.first_row + token)
                     address = arguments.out.toint() + (row * Int64(num_columns) + Int64(column)) * 2
                     cute.autovec_copy(chunk, vector_at(address, 4))

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import cuda.bindings.driver as cuda_driver
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Float32, Int32, Int64, Uint8, Uint32
-from cutlass.cute.nvgpu import OperandMajorMode, cpasync, warpgroup
+from cutlass import BFloat16, Float32, Int32, Int64, Uint8
+from cutlass.cute.nvgpu import cpasync
 
 from nvfp4_ops.kernels.grouped_mm_config import GroupedMmConfig
 from nvfp4_ops.kernels.grouped_mm_epilogue_sm90 import (
@@ -22,57 +22,26 @@ from nvfp4_ops.kernels.grouped_mm_epilogue_sm90 import (
     SplitReduction,
     TileOfExpert,
     columns_of_block,
-    load_16_bytes,
     staging_bytes,
     zero_tail,
 )
+from nvfp4_ops.kernels.grouped_mm_mainloop_sm90 import MainLoop
+from nvfp4_ops.kernels.grouped_mm_stage_sm90 import (
+    BOX_COLUMNS,
+    BOXES_OF_BLOCK,
+    StageRecord,
+    barrier,
+)
 from nvfp4_ops.kernels.launch.tensors import WARP
 from nvfp4_ops.kernels.limits import MAX_EXPERTS
-from nvfp4_ops.kernels.memory import follow_previous_kernel, ptx
-from nvfp4_ops.kernels.prepack_sm90 import (
-    BLOCK_BYTES,
-    BLOCK_COLUMNS,
-    BLOCK_ROWS,
-    CODE_BYTES,
-)
+from nvfp4_ops.kernels.memory import follow_previous_kernel
+from nvfp4_ops.kernels.prepack_sm90 import BLOCK_BYTES
 from nvfp4_ops.kernels.ragged_tile_list import RaggedTileList
 
-# A box of x: the 128 bytes of a row that a swizzle pattern spans.
-BOX_COLUMNS = 64
 EVICT_FIRST = 0x12F0000000000000
-
-
-def _lop3(a, b, c, table: int):
-    return ptx(f"lop3.b32 {{$w0}}, {{$r0}}, {{$r1}}, {{$r2}}, {table};", Uint32, a, b, c)
-
-
-def _register(value: int):
-    """A constant that stays in a register, so that one lop3 can take two of them."""
-    return ptx(f"mov.b32 {{$w0}}, {value};", Uint32)
-
-
-def _multiply_by_half(a, scales, half: int):
-    """bf16x2 a times one half of ``scales``, splatted; ptxas folds the splat into HMUL2."""
-    part = "lh"[half]
-    return ptx(
-        "{.reg .b16 l,h; .reg .b32 t; mov.b32 {l,h}, {$r1}; "
-        f"mov.b32 t, {{{part},{part}}}; "
-        "mul.rn.bf16x2 {$w0}, {$r0}, t;}",
-        Uint32,
-        a,
-        scales,
-    )
-
-
-def _decode_word(word, scales, out, base: int):
-    """Eight codes (four of row g, four of row g + 8) to four bf16x2 operand registers."""
-    mask = Uint32(0x81C081C0)
-    rotated = ptx("shf.l.wrap.b32 {$w0}, {$r0}, {$r0}, 28;", Uint32, word)
-    merged = ((word << Uint32(2)) & Uint32(0x80C080C0)) | ((word >> Uint32(6)) & Uint32(0x01000100))
-    out[base + 0] = _multiply_by_half(word & mask, scales, 0)
-    out[base + 1] = _multiply_by_half((word << Uint32(6)) & mask, scales, 1)
-    out[base + 2] = _multiply_by_half(rotated & mask, scales, 0)
-    out[base + 3] = _multiply_by_half(merged, scales, 1)
+# Shared memory of a multiprocessor, and what the system takes of it for each CTA.
+_SHARED_BYTES, _RESERVED_SHARED_BYTES = 228 << 10, 1 << 10
+_ALIGNMENT = 128
 
 
 class WeightSource(NamedTuple):
@@ -101,11 +70,9 @@ class GroupedMmSm90:
     x: each loads its part of a tile's rows and multicasts it.
 
     Warps 0 .. 4 W - 1: consumers. A warpgroup decodes its 64 x 128 weights of a stage and
-    multiplies by wgmma, 64 columns at a time, the other 64 being decoded meanwhile.
-    Warp 4 W: producer. One bulk copy a block of weights, two TMA boxes of x.
-    full[stage]: 1 arrival (producer) + bytes, x from every CTA of the cluster.
-    empty[stage]: 4 W arrivals (one a consumer warp) from every CTA of the cluster, as its producer
-    overwrites x in all of them.
+    multiplies by wgmma, 64 columns at a time, the other 64 being decoded meanwhile (``MainLoop``).
+    Warp 4 W: producer. One bulk copy a block of weights, two TMA boxes of x (``StageRecord``).
+    Three more warps that do nothing where registers move from its warpgroup to the consumers.
 
     The last tile of rows may have fewer blocks than warpgroups: the others compute on what is
     there and store nothing. Nothing is read or written for good before the kernel ahead is complete
@@ -117,13 +84,24 @@ class GroupedMmSm90:
 
     def __init__(self, config: GroupedMmConfig) -> None:
         self.config = config
-        self.weight_bytes = BLOCK_BYTES * config.warpgroups
-        self.x_bytes = config.tile_tokens * BLOCK_COLUMNS * 2
-        # 128-column blocks of a stage, of which x has two boxes each.
-        self.column_blocks = config.warpgroups if config.split_k else 1
-        self.num_threads = WARPGROUP * config.warpgroups + WARP
+        self.stage = StageRecord(config)
+        self.main_loop = MainLoop(config)
+        # Registers are given and taken by whole warpgroups.
+        producers = WARP if config.registers is None else WARPGROUP
+        self.num_threads = WARPGROUP * config.warpgroups + producers
         self.tiles = RaggedTileList(config.tile_tokens, self.num_threads)
         self.staging_bytes = config.row_blocks * staging_bytes(config)
+        self.out_bytes = max(
+            _ALIGNMENT,
+            self.staging_bytes + SplitReduction(config, config.tile_tokens).num_bytes,
+        )
+        parts = self.stage.total_bytes, self.out_bytes, self.tiles.num_bytes
+        shared_bytes = sum(parts) + _ALIGNMENT + _RESERVED_SHARED_BYTES
+        if config.blocks_per_sm * shared_bytes > _SHARED_BYTES:
+            raise ValueError(
+                f"{config}: {config.blocks_per_sm} times {shared_bytes} bytes of shared memory are "
+                f"more than the {_SHARED_BYTES} of a multiprocessor"
+            )
         self.columns = columns_of_block(config)
 
     @cute.jit
@@ -142,12 +120,6 @@ class GroupedMmSm90:
         stream: cuda_driver.CUstream,
     ):
         config = self.config
-        atom = warpgroup.make_smem_layout_atom(warpgroup.SmemLayoutAtomKind.K_SW128, BFloat16)
-        x_layout = cute.tile_to_shape(
-            atom,
-            (config.tile_tokens, BOX_COLUMNS, 2 * self.column_blocks * config.stages),
-            order=(0, 1, 2),
-        )
         if cutlass.const_expr(config.cluster == 1):
             copy = cpasync.CopyBulkTensorTileG2SOp()
         else:
@@ -155,7 +127,7 @@ class GroupedMmSm90:
         tma_x, tma_tensor_x = cpasync.make_tiled_tma_atom(
             copy,
             x,
-            cute.select(x_layout, mode=[0, 1]),
+            self.stage.box_layout(),
             (config.tile_tokens, BOX_COLUMNS),
             num_multicast=config.cluster,
         )
@@ -163,7 +135,6 @@ class GroupedMmSm90:
         self.kernel(
             tma_x,
             tma_tensor_x,
-            x_layout,
             weight.iterator,
             offs.iterator,
             alpha.iterator,
@@ -193,7 +164,6 @@ class GroupedMmSm90:
         self,
         tma_x: cute.CopyAtom,
         mX: cute.Tensor,
-        x_layout: cute.ComposedLayout,
         weight: cute.Pointer,
         offs: cute.Pointer,
         alpha: cute.Pointer,
@@ -209,29 +179,19 @@ class GroupedMmSm90:
         segment_columns: Int32,
     ):
         config = self.config
-        stages = config.stages
         tid, _, _ = cute.arch.thread_idx()
         warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
         smem = cutlass.memory.SmemAllocator()
-        sX = smem.allocate_tensor(
-            BFloat16, x_layout.outer, byte_alignment=1024, swizzle=x_layout.inner
-        )
-        sW = smem.allocate_array(Uint8, self.weight_bytes * stages, byte_alignment=128)
-        reduction_bytes = SplitReduction(config, config.tile_tokens).num_bytes
-        sOut = smem.allocate_array(
-            Uint8, max(16, self.staging_bytes + reduction_bytes), byte_alignment=128
-        )
-        full = smem.allocate_array(Int64, stages, byte_alignment=8)
-        empty = smem.allocate_array(Int64, stages, byte_alignment=8)
+        sStages = self.stage.allocate(smem)
+        sX = self.stage.x_tensor(sStages)
+        first = sStages.toint()
+        sOut = smem.allocate_array(Uint8, self.out_bytes, byte_alignment=_ALIGNMENT)
         sRowEnd, sTileEnd = self.tiles.allocate(smem)
 
         if warp == 0:
             cpasync.prefetch_descriptor(tma_x)
         if tid == 0:
-            for stage in cutlass.range_constexpr(stages):
-                cute.arch.mbarrier_init(full + stage, 1)
-                cute.arch.mbarrier_init(empty + stage, 4 * config.warpgroups * config.cluster)
-            cute.arch.mbarrier_init_fence()
+            self.stage.initialize(first)
         if cutlass.const_expr(config.cluster > 1):
             # The other CTAs may not multicast here before the barriers are there.
             cute.arch.cluster_arrive()
@@ -242,10 +202,11 @@ class GroupedMmSm90:
         row_tiles = (used_blocks + (tile_blocks - 1)) // tile_blocks
         num_tiles = self.tiles.scan(mOffs, sRowEnd, sTileEnd, num_experts, row_tiles)
         weights = WeightSource(weight, row_blocks, used_blocks, column_blocks)
-        producer = warp == 4 * config.warpgroups
+        first_producer = 4 * config.warpgroups
+        producer = warp == first_producer
         if cutlass.const_expr(config.early_weights):
             if producer:
-                self._load_first_weights(sW, full, weights, sRowEnd, sTileEnd, num_tiles)
+                self._load_first_weights(first, weights, sRowEnd, sTileEnd, num_tiles)
             follow_previous_kernel()
         else:
             if warp == 0:
@@ -257,11 +218,16 @@ class GroupedMmSm90:
         if cutlass.const_expr(config.cluster > 1):
             cute.arch.cluster_wait()
 
+        if cutlass.const_expr(config.registers is not None):
+            if warp >= first_producer:
+                cute.arch.setmaxregister_decrease(config.registers[0])
         if producer:
-            self._produce(tma_x, mX, sX, sW, full, empty, weights, sRowEnd, sTileEnd, num_tiles)
-        else:
+            self._produce(tma_x, mX, sX, first, weights, sRowEnd, sTileEnd, num_tiles)
+        if warp < first_producer:
+            if cutlass.const_expr(config.registers is not None):
+                cute.arch.setmaxregister_increase(config.registers[1])
             self._consume(
-                sX, sW, sOut, full, empty, sRowEnd, sTileEnd,
+                first, sOut, sRowEnd, sTileEnd,
                 EpilogueArguments(
                     alpha, row_scale, bias, out, num_columns, alpha_stride, segment_columns
                 ),
@@ -307,7 +273,7 @@ class GroupedMmSm90:
             row_tile = cutlass.max(cutlass.min(row_tile, row_tiles - 1), 0)
             address, num_blocks = self._blocks_of_tile(weights, expert, row_tile, rank)
             if lane < num_blocks:
-                stages = self.config.stages * self.column_blocks
+                stages = self.config.stages * self.stage.column_blocks
                 cute.arch.inline_ptx(
                     "cp.async.bulk.prefetch.L2.global [{$r0}], {$r1};",
                     read_only_args=[
@@ -317,7 +283,7 @@ class GroupedMmSm90:
                 )
 
     @cute.jit
-    def _load_first_weights(self, sW, full, weights, sRowEnd, sTileEnd, num_tiles):
+    def _load_first_weights(self, first, weights, sRowEnd, sTileEnd, num_tiles):
         """Load the first tile's first stages of weights while the kernel ahead still runs."""
         config = self.config
         tile, _, rank = self._first_tile()
@@ -325,21 +291,16 @@ class GroupedMmSm90:
             _, expert, row_tile, _, _ = self.tiles.locate(tile, Int32(0), sRowEnd, sTileEnd)
             address, num_blocks = self._blocks_of_tile(weights, expert, row_tile, rank)
             for stage in cutlass.range_constexpr(config.stages):
-                column = stage * self.column_blocks
+                column = stage * self.stage.column_blocks
                 if column < weights.column_blocks:
                     num_columns = self._columns_of_stage(weights, column)
                     with cute.arch.elect_one():
                         num_bytes = num_columns * num_blocks * BLOCK_BYTES
-                        cute.arch.mbarrier_expect_tx(full + stage, num_bytes)
-                        self._copy_stage(
-                            sW,
-                            full,
-                            weights,
-                            address,
-                            num_blocks,
-                            Int32(column),
-                            num_columns,
-                            stage,
+                        record = first + stage * self.stage.num_bytes
+                        full = barrier(record + self.stage.full)
+                        cute.arch.mbarrier_expect_tx(full, num_bytes)
+                        self._copy_weights(
+                            record, weights, address, num_blocks, Int32(column), num_columns
                         )
 
     @cute.jit
@@ -347,11 +308,11 @@ class GroupedMmSm90:
         """128-column blocks of the stage that starts at one."""
         num_columns = Int32(1)
         if cutlass.const_expr(self.config.split_k):
-            num_columns = cutlass.min(weights.column_blocks - column, self.column_blocks)
+            num_columns = cutlass.min(weights.column_blocks - column, self.stage.column_blocks)
         return num_columns
 
     @cute.jit
-    def _produce(self, tma_x, mX, sX, sW, full, empty, weights, sRowEnd, sTileEnd, num_tiles):
+    def _produce(self, tma_x, mX, sX, first, weights, sRowEnd, sTileEnd, num_tiles):
         config = self.config
         tile, stride, rank = self._first_tile()
         stage, phase, group = Int32(0), Int32(1), Int32(0)
@@ -374,85 +335,92 @@ class GroupedMmSm90:
                 cute.group_modes(gX, 0, 2),
             )
             address, num_blocks = self._blocks_of_tile(weights, expert, row_tile, rank)
-            for column in cutlass.range(0, weights.column_blocks, self.column_blocks, unroll=1):
-                cute.arch.mbarrier_wait(empty + stage, phase)
+            for column in cutlass.range(
+                0, weights.column_blocks, self.stage.column_blocks, unroll=1
+            ):
+                record = first + stage * self.stage.num_bytes
+                full = barrier(record + self.stage.full)
+                cute.arch.mbarrier_wait(barrier(record + self.stage.empty), phase)
                 num_columns = self._columns_of_stage(weights, column)
-                num_bytes = num_columns * self.x_bytes
+                num_bytes = num_columns * (BOXES_OF_BLOCK * self.stage.box_bytes)
                 if num_early == 0:
                     num_bytes = num_bytes + num_columns * num_blocks * BLOCK_BYTES
                 with cute.arch.elect_one():
-                    cute.arch.mbarrier_arrive_and_expect_tx(full + stage, num_bytes)
+                    cute.arch.mbarrier_arrive_and_expect_tx(full, num_bytes)
                     if num_early == 0:
-                        self._copy_stage(
-                            sW, full, weights, address, num_blocks, column, num_columns, stage
+                        self._copy_weights(
+                            record, weights, address, num_blocks, column, num_columns
                         )
                 num_early = cutlass.max(num_early - 1, 0)
-                for box in cutlass.range_constexpr(2 * self.column_blocks):
-                    if box // 2 < num_columns:
+                for box in cutlass.range_constexpr(self.stage.num_boxes):
+                    if box // BOXES_OF_BLOCK < num_columns:
                         self._copy_x(
                             tma_x,
-                            tXgX[None, 2 * column + box],
-                            tXsX[None, 2 * self.column_blocks * stage + box],
-                            full + stage,
+                            tXgX[None, BOXES_OF_BLOCK * column + box],
+                            tXsX[None, box, stage],
+                            full,
                         )
                 stage, phase = self._next(stage, phase)
             num_early = Int32(0)
             tile = tile + stride
+        # Consumers look one stage ahead, past the last tile too.
+        record = first + stage * self.stage.num_bytes
+        cute.arch.mbarrier_wait(barrier(record + self.stage.empty), phase)
+        with cute.arch.elect_one():
+            cute.arch.mbarrier_arrive(barrier(record + self.stage.full))
 
     @cute.jit
-    def _copy_stage(self, sW, full, weights, address, num_blocks, column, num_columns, stage):
+    def _next(self, stage, phase):
+        stage = stage + 1
+        if stage == self.config.stages:
+            stage = Int32(0)
+            phase = phase ^ 1
+        return stage, phase
+
+    @cute.jit
+    def _copy_weights(self, record, weights, address, num_blocks, column, num_columns):
         """One stage of a tile's weights, by one thread."""
         for block in cutlass.range_constexpr(self.config.row_blocks):
             if block < num_blocks:
                 self._copy_blocks(
-                    sW + stage * self.weight_bytes + block * BLOCK_BYTES,
+                    record + (self.stage.weights + block * BLOCK_BYTES),
                     address + block * weights.block_stride + Int64(column) * BLOCK_BYTES,
                     num_columns * BLOCK_BYTES,
-                    full + stage,
+                    record + self.stage.full,
                 )
 
     @cute.jit
-    def _copy_x(self, tma_x, source, target, barrier):
+    def _copy_x(self, tma_x, source, target, full):
         if cutlass.const_expr(self.config.cluster == 1):
-            cute.copy(tma_x, source, target, tma_bar_ptr=barrier)
+            cute.copy(tma_x, source, target, tma_bar_ptr=full)
         else:
             everyone = cutlass.Int16((1 << self.config.cluster) - 1)
-            cute.copy(tma_x, source, target, tma_bar_ptr=barrier, mcast_mask=everyone)
+            cute.copy(tma_x, source, target, tma_bar_ptr=full, mcast_mask=everyone)
 
-    def _copy_blocks(self, target, source, num_bytes, barrier):
+    def _copy_blocks(self, target, source, num_bytes, full):
         """A bulk copy; weights are read once, so they leave the L2 cache first."""
         cute.arch.inline_ptx(
             "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
             ".L2::cache_hint [{$r0}], [{$r1}], {$r2}, [{$r3}], {$r4};",
             read_only_args=[
-                target.toint(),
+                target,
                 source,
                 num_bytes,
-                barrier.toint(),
+                full,
                 Int64(EVICT_FIRST),
             ],
         )
 
     @cute.jit
-    def _release(self, barrier):
-        """This warp is done with a stage; tell the producer of every CTA that fills it."""
-        lane = cute.arch.lane_idx()
-        if cutlass.const_expr(self.config.cluster == 1):
-            if lane == 0:
-                cute.arch.mbarrier_arrive(barrier)
-        else:
-            if lane < self.config.cluster:
-                cute.arch.mbarrier_arrive(barrier, lane)
-
-    @cute.jit
     def _consume(
-        self, sX, sW, sOut, full, empty, sRowEnd, sTileEnd, arguments: EpilogueArguments,
+        self, first, sOut, sRowEnd, sTileEnd, arguments: EpilogueArguments,
         num_tiles, column_blocks,
     ):  # fmt: skip
         config = self.config
         group = cute.arch.make_warp_uniform(cute.arch.warp_idx()) // 4
         tile, stride, rank = self._first_tile()
-        stage, phase, expert_group = Int32(0), Int32(0), Int32(0)
+        record, phase, expert_group = first, Int32(0), Int32(0)
+        self.main_loop.enter(record, phase)
         while tile < num_tiles:
             expert_group, expert, row_tile, first_row, num_left = self.tiles.locate(
                 tile, expert_group, sRowEnd, sTileEnd
@@ -460,16 +428,16 @@ class GroupedMmSm90:
             block = (row_tile * config.cluster + rank) * config.row_blocks
             if cutlass.const_expr(not config.split_k):
                 block = block + group
-            stage, phase = self._compute_tile(
+            record, phase = self._compute_tile(
                 0, TileOfExpert(expert, block, first_row, num_left), arguments,
-                sX, sW + group * BLOCK_BYTES, sOut, full, empty, stage, phase, column_blocks,
+                sOut, first, record, phase, column_blocks,
             )  # fmt: skip
             tile = tile + stride
 
     @cute.jit
     def _compute_tile(
-        self, i: cutlass.Constexpr[int], tile, arguments, sX, sBlock, sOut, full, empty,
-        stage, phase, column_blocks,
+        self, i: cutlass.Constexpr[int], tile, arguments, sOut, first,
+        record, phase, column_blocks,
     ):  # fmt: skip
         """A tile by the first width from number i on that holds its tokens.
 
@@ -478,49 +446,33 @@ class GroupedMmSm90:
         """
         width = self.config.widths[i]
         if cutlass.const_expr(i + 1 == len(self.config.widths)):
-            stage, phase = self._compute_width(
-                width, tile, arguments, sX, sBlock, sOut, full, empty, stage, phase, column_blocks
+            record, phase = self._compute_width(
+                width, tile, arguments, sOut, first, record, phase, column_blocks
             )
         else:
             if tile.num_left <= width:
-                stage, phase = self._compute_width(
-                    width, tile, arguments, sX, sBlock, sOut, full, empty,
-                    stage, phase, column_blocks,
+                record, phase = self._compute_width(
+                    width, tile, arguments, sOut, first,
+                    record, phase, column_blocks,
                 )  # fmt: skip
             else:
-                stage, phase = self._compute_tile(
-                    i + 1, tile, arguments, sX, sBlock, sOut, full, empty,
-                    stage, phase, column_blocks,
+                record, phase = self._compute_tile(
+                    i + 1, tile, arguments, sOut, first,
+                    record, phase, column_blocks,
                 )  # fmt: skip
-        return stage, phase
+        return record, phase
 
     @cute.jit
     def _compute_width(
-        self, width: cutlass.Constexpr[int], tile, arguments, sX, sBlock, sOut, full, empty,
-        stage, phase, column_blocks,
+        self, width: cutlass.Constexpr[int], tile, arguments, sOut, first,
+        record, phase, column_blocks,
     ):  # fmt: skip
-        tid, _, _ = cute.arch.thread_idx()
-        group = tid // WARPGROUP
-        op = warpgroup.MmaF16BF16Op(
-            BFloat16,
-            Float32,
-            (BLOCK_ROWS, width, 16),
-            warpgroup.OperandSource.RMEM,
-            OperandMajorMode.K,
-            OperandMajorMode.K,
-        )
-        tiled_mma = cute.make_tiled_mma(op, (1, 1, 1))
-        tiled_mma.set(warpgroup.Field.ACCUMULATE, True)
-        acc = cute.make_rmem_tensor(tiled_mma.partition_shape_C((BLOCK_ROWS, width)), Float32)
+        group = cute.arch.thread_idx()[0] // WARPGROUP
+        acc = cute.make_rmem_tensor(cute.make_layout(width // 2), Float32)
         acc.fill(0.0)
-        # The tile's first tokens are the first rows of each box of x.
-        sRows = cute.local_tile(sX, (width, BOX_COLUMNS, cute.size(sX, mode=[2])), (0, 0, 0))
-        fX = tiled_mma.make_fragment_B(tiled_mma.get_slice(tid % WARPGROUP).partition_B(sRows))
         # Loaded here, their latency passes under the products.
         scales, offsets = Epilogue(self.config, width).load_scales(tile, arguments)
-        stage, phase = self._multiply(
-            tiled_mma, acc, fX, sBlock, full, empty, stage, phase, column_blocks
-        )
+        record, phase = self.main_loop.multiply(acc, first, record, phase, column_blocks)
         if cutlass.const_expr(self.config.split_k):
             SplitReduction(self.config, width).add(acc, sOut + self.staging_bytes)
             if group == 0:
@@ -530,84 +482,7 @@ class GroupedMmSm90:
             Epilogue(self.config, width).run(
                 acc, scales, offsets, tile, arguments, lines, 1 + group
             )
-        return stage, phase
-
-    @cute.jit
-    def _multiply(self, tiled_mma, acc, fX, sBlock, full, empty, stage, phase, column_blocks):
-        """acc += W x^T over all columns; returns the next stage and its phase.
-
-        One product of 64 columns is under way while the next operand is decoded. ptxas must be able
-        to see that: with more of them across the loop's end it waits after every instruction.
-        """
-        tid, _, _ = cute.arch.thread_idx()
-        thread, lane = tid % WARPGROUP, cute.arch.lane_idx()
-        # Through a shuffle, or ptxas computes both from the thread's index anew in every stage.
-        code_offset = cute.arch.shuffle_sync(thread * 16, lane)
-        scale_offset = cute.arch.shuffle_sync(
-            CODE_BYTES + ((thread // WARP) * 8 + lane // 4) * 16, lane
-        )
-        fragments, registers, words = [], [], []
-        for _ in cutlass.range_constexpr(2):
-            shape = tiled_mma.partition_shape_A((BLOCK_ROWS, BOX_COLUMNS))
-            fragments.append(cute.make_rmem_tensor(shape, BFloat16))
-            raw = cute.recast_tensor(fragments[-1], Uint32).iterator
-            registers.append(cute.make_tensor(raw, cute.make_layout(16)))
-            words.append(cute.make_rmem_tensor(cute.make_layout(4), Uint32))
-        scale_words = cute.make_rmem_tensor(cute.make_layout(4), Uint32)
-        exponent, byte_mask = _register(0x70007000), _register(0x0FF00FF0)
-        previous, first_box, first_column = Int32(0), Int32(0), Int32(0)
-        if cutlass.const_expr(self.config.split_k):
-            first_column = cute.arch.make_warp_uniform(tid // WARPGROUP)
-            first_box = 2 * first_column
-        for column in cutlass.range(first_column, column_blocks, self.column_blocks, unroll=1):
-            cute.arch.mbarrier_wait(full + stage, phase)
-            block = sBlock + stage * self.weight_bytes
-            load_16_bytes(block + code_offset, words[0])
-            load_16_bytes(block + scale_offset, scale_words)
-            load_16_bytes(block + CODE_BYTES // 2 + code_offset, words[1])
-            for half in cutlass.range_constexpr(2):
-                for j in cutlass.range_constexpr(4):
-                    s = scale_words[2 * half + j // 2]
-                    shifted = (s << Uint32(4)) if j % 2 == 0 else (s >> Uint32(4))
-                    scales = _lop3(shifted, byte_mask, exponent, 0xEA)
-                    _decode_word(words[half][j], scales, registers[half], 4 * j)
-                warpgroup.fence()
-                for j in cutlass.range_constexpr(4):
-                    cute.gemm(
-                        tiled_mma,
-                        acc,
-                        fragments[half][None, None, j],
-                        fX[None, None, j, 2 * self.column_blocks * stage + first_box + half],
-                        acc,
-                    )
-                warpgroup.commit_group()
-                # All but this half are done: its predecessor's registers are free, and after
-                # the first half so is the stage before.
-                warpgroup.wait_group(1)
-                if cutlass.const_expr(half == 0):
-                    if column > first_column:
-                        self._release(empty + previous)
-            previous = stage
-            stage, phase = self._next(stage, phase)
-        warpgroup.wait_group(0)
-        if first_column < column_blocks:
-            self._release(empty + previous)
-        if cutlass.const_expr(self.config.split_k):
-            # The last stage may have no column for this warpgroup, and is used up all the same.
-            last_columns = (column_blocks - 1) % self.column_blocks
-            if last_columns < first_column:
-                cute.arch.mbarrier_wait(full + stage, phase)
-                self._release(empty + stage)
-                stage, phase = self._next(stage, phase)
-        return stage, phase
-
-    @cute.jit
-    def _next(self, stage, phase):
-        stage = stage + 1
-        if stage == self.config.stages:
-            stage = Int32(0)
-            phase = phase ^ 1
-        return stage, phase
+        return record, phase
 
 
 def build(config: GroupedMmConfig, options: str = "") -> Callable[..., None]:

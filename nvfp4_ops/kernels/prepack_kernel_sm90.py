@@ -22,6 +22,7 @@ from nvfp4_ops.kernels.prepack_sm90 import (
     BLOCK_COLUMNS,
     BLOCK_ROWS,
     CODE_BYTES,
+    SCALE_ROTATIONS,
     SIGN_IN_OTHER_HALF,
 )
 
@@ -155,13 +156,20 @@ def _each_byte(word: Uint32, function: Callable[[Uint32], Uint32]) -> Uint32:
 
 
 def encode_scales(sf: Uint32) -> Uint32:
-    """Four e4m3 bytes to scale bytes."""
-    return _each_byte(sf & Uint32(_MAGNITUDES), _encode_scale)
+    """Four e4m3 bytes to scale bytes in their places."""
+    four = _each_byte(sf & Uint32(_MAGNITUDES), _encode_scale)
+    placed = Uint32(0)
+    for left, mask in SCALE_ROTATIONS.items():
+        placed = placed | (_rotate(four, left) & Uint32(mask))
+    return placed
 
 
 def decode_scales(scales: Uint32) -> Uint32:
-    """Four scale bytes to e4m3 bytes."""
-    return _each_byte(scales, _decode_scale)
+    """Inverse of ``encode_scales``."""
+    four = Uint32(0)
+    for left, mask in SCALE_ROTATIONS.items():
+        four = four | _rotate(scales & Uint32(mask), 32 - left)
+    return _each_byte(four, _decode_scale)
 
 
 TRANSPOSE_SELECTORS = ((0x6240, 0x3715), (0x5410, 0x3276))

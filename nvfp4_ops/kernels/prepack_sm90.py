@@ -12,14 +12,17 @@ gated, (E, F'/64, 2, K'/128, 4608) uint8: N = 2 F rows, the gate's F and the up 
 
 Codes: byte (sub * 128 + warp * 32 + lane) * 16 holds, for lane = 4 g + q, the words j = 0..3 of
 rows warp * 16 + {g, g + 8} and columns sub * 64 + j * 16 + {0, 8} + 2 q + {0, 1}. Bits inside a
-word are placed so that ``w & M``, ``(w << 6) & M``, ``rotl(w, 28) & M`` and a shift-and-merge are
-e2m1 values in bf16 position, times 2^-126 (M = 0x81C081C0).
+word are placed so that ``w & M``, ``rotr(w, 3) & M``, ``rotr(w, 6) & M`` and, of the rest of the
+bits, ``((w & 0x001B001B) * 0x4108) & M`` are e2m1 values in bf16 position, times 2^-126
+(M = 0x81C081C0): eight operations for eight codes.
 
-Scales follow the codes: byte 4096 + (warp * 8 + g) * 16 holds, for the four 32-column groups, the
-scales of rows g and g + 8 and of both blocks of the group. Each e4m3 scale is a byte B (five
-exponent bits, three mantissa bits) with bf16 bits (B << 4) | 0x7000 = scale * 2^119. Zero is B = 0
-with all codes of the block zero, NaN is B = 0xFF, and a negative scale gives its sign to the codes.
-Unpacking therefore recovers every value, and every byte of weights without zero or negative scales.
+Scales follow the codes: byte 4096 + (warp * 8 + g) * 16 holds a word for each of the four 32-column
+groups, with the scales of rows g (low half) and g + 8 and of both blocks of the group. Each e4m3
+scale is a byte B (five exponent bits, three mantissa bits) with bf16 bits (B << 4) | 0x7000 = scale
+* 2^119. They lie so that ``w & 0x0FF00FF0`` is B << 4 of the first blocks, of both rows, and
+``rotl(w, 8) & 0x0FF00FF0`` of the second. Zero is B = 0 with all codes of the block zero, NaN is
+B = 0xFF, and a negative scale gives its sign to the codes. Unpacking therefore recovers every
+value, and every byte of weights without zero or negative scales.
 """
 
 import torch
@@ -38,9 +41,13 @@ DECODE_EXPONENT = 7
 """Operands in registers are value * 2^-7: alpha makes up for it."""
 
 # Bits of (sign, exponent high, exponent low, mantissa) in a 16-bit half, for operand register 0..3.
-BIT_POSITIONS = ((15, 8, 7, 6), (9, 2, 1, 0), (3, 12, 11, 10), (13, 14, 5, 4))
-# The kernel rotates the word for register 2 by 4, which moves that sign to the other half.
-SIGN_IN_OTHER_HALF = (False, False, True, False)
+BIT_POSITIONS = ((5, 14, 13, 12), (1, 0, 4, 3), (15, 8, 7, 6), (2, 11, 10, 9))
+# The kernel rotates the word for registers 0 and 3, which moves their signs to the other half.
+SIGN_IN_OTHER_HALF = (True, False, False, True)
+
+# Of a word of four scale bytes, (g, first block), (g, second), (g + 8, first), (g + 8, second):
+# left rotations, and masks of their results, that bring them to where the kernel wants them.
+SCALE_ROTATIONS = {4: 0x0FF00FF0, 20: 0xF00FF00F}
 
 _SCALE_ZERO, _SCALE_NAN = 0, 0xFF
 _E4M3_EXPONENT_BIAS, _PACKED_EXPONENT_BIAS = 7, 22
@@ -114,6 +121,11 @@ def _decode_scales(packed: Tensor) -> Tensor:
     return torch.where(bits == _SCALE_NAN, nvfp4.E4M3_NAN_BYTE, e4m3).to(torch.uint8)
 
 
+def _rotate_left(words: Tensor, left: int) -> Tensor:
+    """32-bit words in int64."""
+    return ((words << left) | (words >> (32 - left))) & 0xFFFFFFFF
+
+
 def _pack_expert(codes: Tensor, sf_bytes: Tensor) -> Tensor:
     """(N', K') codes one a byte and (N', K'/16) e4m3 bytes -> (N'/64, K'/128, 4608)."""
     rows, columns = codes.shape
@@ -137,9 +149,14 @@ def _pack_expert(codes: Tensor, sf_bytes: Tensor) -> Tensor:
     code_bytes = ((word.unsqueeze(-1) >> shifts) & 0xFF).to(torch.uint8)
     scales = _encode_scales(sf_bytes).view(row_blocks, 4, 2, 8, column_blocks, 4, 2)
     scales = scales.permute(0, 4, 1, 3, 5, 2, 6)  # (rb, cb, warp, g, group, rh, block)
+    four = (scales.flatten(-2).long() << shifts).sum(dim=-1)
+    placed = torch.zeros_like(four)
+    for left, mask in SCALE_ROTATIONS.items():
+        placed |= _rotate_left(four, left) & mask
+    scale_bytes = ((placed.unsqueeze(-1) >> shifts) & 0xFF).to(torch.uint8)
     lead = (row_blocks, column_blocks)
     return torch.cat(
-        [code_bytes.reshape(*lead, CODE_BYTES), scales.reshape(*lead, SCALE_BYTES)], dim=-1
+        [code_bytes.reshape(*lead, CODE_BYTES), scale_bytes.reshape(*lead, SCALE_BYTES)], dim=-1
     )
 
 
@@ -192,7 +209,12 @@ def unpack(prepacked: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
     parts = parts.permute(0, 1, 4, 9, 5, 2, 3, 7, 8, 6, 10)
     codes = parts.reshape(num_experts, row_blocks * BLOCK_ROWS, column_blocks * BLOCK_COLUMNS)
     codes = _crop_rows(codes, n, k, gated=gated)
-    scales = _decode_scales(scale_bytes).reshape(*shape, 4, 8, 4, 2, 2)  # warp, g, group, rh, block
+    placed = (scale_bytes.reshape(*shape, 4, 8, 4, 4).long() << shifts).sum(dim=-1)
+    four = torch.zeros_like(placed)
+    for left, mask in SCALE_ROTATIONS.items():
+        four |= _rotate_left(placed & mask, 32 - left)
+    scales = ((four.unsqueeze(-1) >> shifts) & 0xFF).unflatten(-1, (2, 2))
+    scales = _decode_scales(scales)  # (E, rb, cb, warp, g, group, rh, block)
     scales = scales.permute(0, 1, 3, 6, 4, 2, 5, 7)
     num_blocks = nvfp4.num_blocks(column_blocks * BLOCK_COLUMNS)
     sf = scales.reshape(num_experts, row_blocks * BLOCK_ROWS, num_blocks)

@@ -22,6 +22,7 @@ class RaggedTileList:
     def __init__(self, tile_tokens: int, num_threads: int) -> None:
         self.tile_tokens = tile_tokens
         self.num_threads = num_threads
+        self.num_bytes = 2 * MAX_EXPERTS * 4
 
     @cute.jit
     def allocate(self, smem: cutlass.memory.SmemAllocator):
