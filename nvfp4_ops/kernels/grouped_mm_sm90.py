@@ -1,8 +1,8 @@
 """Grouped mm of Hopper: prepacked NVFP4 weights times bf16 rows, decoded in registers.
 
 The weight is wgmma's register (A) operand, tokens are its N dimension: D^T = W X^T. See
-prepack_sm90 for the layout that makes decoding four integer operations and four multiplications a
-word of eight codes.
+prepack_sm90 for the layout that makes decoding eight integer operations and four multiplications a
+word of eight codes, and grouped_mm_mainloop_sm90 for where that happens.
 """
 
 from collections.abc import Callable

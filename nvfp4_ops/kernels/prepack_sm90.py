@@ -1,9 +1,10 @@
 """The weight layout of the Hopper grouped mm: 4.5 bits a weight, ready for registers.
 
 A block is 64 rows x 128 columns in 4608 contiguous bytes: one bulk copy brings it, one
-conflict-free 16-byte load a thread fetches the codes of 64 x 64, and four integer operations turn a
-word of eight codes into bf16 operands of wgmma. Rows come in one of two orders, and the rank of
-prepacked weights says in which, N' being padded to a multiple of 64 and K' to one of 128:
+conflict-free 16-byte load a thread fetches the codes of 64 x 64, and eight integer operations turn
+a word of eight codes into bf16 operands of wgmma, but for their scales. Rows come in one of two
+orders, and the rank of prepacked weights says in which, N' being padded to a multiple of 64 and K'
+to one of 128:
 
 plain, (E, N'/64, K'/128, 4608) uint8: as they are.
 gated, (E, F'/64, 2, K'/128, 4608) uint8: N = 2 F rows, the gate's F and the up projection's F, each
@@ -14,7 +15,7 @@ Codes: byte (sub * 128 + warp * 32 + lane) * 16 holds, for lane = 4 g + q, the w
 rows warp * 16 + {g, g + 8} and columns sub * 64 + j * 16 + {0, 8} + 2 q + {0, 1}. Bits inside a
 word are placed so that ``w & M``, ``rotr(w, 3) & M``, ``rotr(w, 6) & M`` and, of the rest of the
 bits, ``((w & 0x001B001B) * 0x4108) & M`` are e2m1 values in bf16 position, times 2^-126
-(M = 0x81C081C0): eight operations for eight codes.
+(M = 0x81C081C0).
 
 Scales follow the codes: byte 4096 + (warp * 8 + g) * 16 holds a word for each of the four 32-column
 groups, with the scales of rows g (low half) and g + 8 and of both blocks of the group. Each e4m3
