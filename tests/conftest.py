@@ -15,6 +15,12 @@ os.environ.setdefault(
     str(Path(tempfile.gettempdir()) / f"nvfp4_ops_tests_{os.getuid()}_{source_hash()[:16]}"),
 )
 
+# Each worker of pytest -n has its share of the cores, and so have the processes that it starts.
+if (workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT")) and "OMP_NUM_THREADS" not in os.environ:
+    threads = max(1, (os.cpu_count() or 1) // int(workers))
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+
 DATA = Path(__file__).parent / "data"
 
 
