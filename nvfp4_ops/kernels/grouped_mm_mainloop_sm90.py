@@ -18,7 +18,7 @@ from nvfp4_ops.kernels.launch.tensors import WARP
 from nvfp4_ops.kernels.memory import ptx
 from nvfp4_ops.kernels.prepack_sm90 import BLOCK_BYTES, CODE_BYTES
 
-PRODUCTS_OF_BOX = 4
+_PRODUCTS_OF_BOX = 4
 _CODE_MASK = 0x81C081C0
 _REST_MASK, _REST_FACTOR = 0x001B001B, 0x4108
 _SCALE_MASK, _SCALE_EXPONENT = 0x0FF00FF0, 0x70007000
@@ -75,9 +75,9 @@ class MainLoop:
     producer has one stage arrive after the last.
     """
 
-    def __init__(self, config: GroupedMmConfig) -> None:
+    def __init__(self, config: GroupedMmConfig, stage: StageRecord) -> None:
         self.config = config
-        self.stage = StageRecord(config)
+        self.stage = stage
 
     def _open(self) -> _Weights:
         """Registers and offsets of this thread."""
@@ -104,7 +104,7 @@ class MainLoop:
         load_16_bytes(record + weights.scale_offset, weights.scale_words)
 
     @cute.jit
-    def next(self, first, record, phase):
+    def _next(self, first, record, phase):
         """The stage after ``record``, and its phase; ``first`` is the first stage."""
         record = record + self.stage.num_bytes
         if record == first + self.stage.end:
@@ -113,15 +113,15 @@ class MainLoop:
         return record, phase
 
     @cute.jit
-    def release(self, address):
+    def _release(self, record):
         """This warp is done with a stage; tell the producer of every CTA that fills it."""
-        lane = cute.arch.lane_idx()
+        lane, empty = cute.arch.lane_idx(), barrier(record + self.stage.empty)
         if cutlass.const_expr(self.config.cluster == 1):
             if lane == 0:
-                cute.arch.mbarrier_arrive(barrier(address))
+                cute.arch.mbarrier_arrive(empty)
         else:
             if lane < self.config.cluster:
-                cute.arch.mbarrier_arrive(barrier(address), lane)
+                cute.arch.mbarrier_arrive(empty, lane)
 
     @cute.jit
     def multiply(self, acc, first, record, phase, column_blocks):
@@ -139,19 +139,20 @@ class MainLoop:
         if cutlass.const_expr(self.config.split_k):
             first_column = group
             own_boxes = group * (BOXES_OF_BLOCK * stage.box_bytes)
-        # No stage before the first is left to be released; without a branch ptxas can do more.
+        # No stage before the first is left to be released: the ``empty`` of this one is ``nobody``.
+        # Without a branch ptxas can do more.
         previous = first + (stage.end - stage.empty)
         # The tile before has loaded them too, but its epilogue needed the registers.
         self._load_first(weights, record)
         for _ in cutlass.range(first_column, column_blocks, stage.column_blocks, unroll=1):
             load_16_bytes(record + weights.code_offset + CODE_BYTES // 2, weights.words[1])
-            next_record, next_phase = self.next(first, record, phase)
+            next_record, next_phase = self._next(first, record, phase)
             arrived = cutlass.Boolean(False)
             for half in cutlass.range_constexpr(2):
                 self._decode(weights, half, exponent, operands[half])
                 warpgroup.fence()
                 box = (record + own_boxes + half * stage.box_bytes) >> 4
-                for j in cutlass.range_constexpr(PRODUCTS_OF_BOX):
+                for j in cutlass.range_constexpr(_PRODUCTS_OF_BOX):
                     low = Uint32(box + (_DESCRIPTOR_LOW + j * _PRODUCT_STEP))
                     self._product(width, acc, operands[half], 4 * j, low)
                 warpgroup.commit_group()
@@ -161,23 +162,23 @@ class MainLoop:
                     )
                 else:
                     if not arrived:
-                        cute.arch.mbarrier_wait(barrier(next_record + stage.full), next_phase)
+                        self.enter(next_record, next_phase)
                     self._load_first(weights, next_record)
                 # All but this half are done: its predecessor's registers are free, and after
                 # the first half so is the stage before.
                 warpgroup.wait_group(1)
                 if cutlass.const_expr(half == 0):
-                    self.release(previous + stage.empty)
+                    self._release(previous)
             previous = record
             record, phase = next_record, next_phase
         warpgroup.wait_group(0)
-        self.release(previous + stage.empty)
+        self._release(previous)
         if cutlass.const_expr(self.config.split_k):
             # The last stage may have no column for this warpgroup, and is used up all the same.
             last_columns = (column_blocks - 1) % stage.column_blocks
             if last_columns < first_column:
-                self.release(record + stage.empty)
-                record, phase = self.next(first, record, phase)
+                self._release(record)
+                record, phase = self._next(first, record, phase)
                 self.enter(record, phase)
         return record, phase
 

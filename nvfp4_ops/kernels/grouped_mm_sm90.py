@@ -85,7 +85,7 @@ class GroupedMmSm90:
     def __init__(self, config: GroupedMmConfig) -> None:
         self.config = config
         self.stage = StageRecord(config)
-        self.main_loop = MainLoop(config)
+        self.main_loop = MainLoop(config, self.stage)
         # Registers are given and taken by whole warpgroups.
         producers = WARP if config.registers is None else WARPGROUP
         self.num_threads = WARPGROUP * config.warpgroups + producers

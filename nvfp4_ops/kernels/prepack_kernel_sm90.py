@@ -72,6 +72,23 @@ def _rotate(word: Uint32, left: int) -> Uint32:
     return (word << left) | (word >> (32 - left)) if left else word
 
 
+def _place(word: Uint32, rotations: dict[int, int]) -> Uint32:
+    """Every bit to where a left rotation brings it on that rotation's mask."""
+    placed = Uint32(0)
+    for left, mask in rotations.items():
+        placed = placed | (_rotate(word, left) & Uint32(mask))
+    return placed
+
+
+def _take_back(placed: Uint32, rotations: dict[int, int]) -> Uint32:
+    """Inverse of ``_place``."""
+    word = Uint32(0)
+    for left, mask in rotations.items():
+        source = (mask >> left | mask << (32 - left)) & 0xFFFFFFFF
+        word = word | (_rotate(placed, (32 - left) % 32) & Uint32(source))
+    return word
+
+
 def _exchange(first: Uint32, second: Uint32, mask: int, shift: int) -> tuple[Uint32, Uint32]:
     """The masked fields of both words, and the fields ``shift`` bits above; its own inverse."""
     masked = ((first & Uint32(mask)) | ((second & Uint32(mask)) << shift),)
@@ -89,24 +106,12 @@ def pack_words(pairs: Sequence[Sequence[Uint32]]) -> list[Uint32]:
     words = [None] * 4
     words[0], words[2] = _exchange(even_02, odd_02, _HALF, 16)
     words[1], words[3] = _exchange(even_13, odd_13, _HALF, 16)
-    packed = []
-    for word in words:
-        bits = Uint32(0)
-        for left, mask in ROTATIONS.items():
-            bits = bits | (_rotate(word, left) & Uint32(mask))
-        packed.append(bits)
-    return packed
+    return [_place(word, ROTATIONS) for word in words]
 
 
 def unpack_words(packed: Sequence[Uint32]) -> list[list[Uint32]]:
     """Inverse of ``pack_words``."""
-    words = []
-    for word in packed:
-        bits = Uint32(0)
-        for left, mask in ROTATIONS.items():
-            source = (mask >> left | mask << (32 - left)) & 0xFFFFFFFF
-            bits = bits | (_rotate(word, (32 - left) % 32) & Uint32(source))
-        words.append(bits)
+    words = [_take_back(word, ROTATIONS) for word in packed]
     even_02, odd_02 = _exchange(words[0], words[2], _HALF, 16)
     even_13, odd_13 = _exchange(words[1], words[3], _HALF, 16)
     even_0, even_1 = _exchange(even_02, even_13, _BYTES, 8)
@@ -157,19 +162,12 @@ def _each_byte(word: Uint32, function: Callable[[Uint32], Uint32]) -> Uint32:
 
 def encode_scales(sf: Uint32) -> Uint32:
     """Four e4m3 bytes to scale bytes in their places."""
-    four = _each_byte(sf & Uint32(_MAGNITUDES), _encode_scale)
-    placed = Uint32(0)
-    for left, mask in SCALE_ROTATIONS.items():
-        placed = placed | (_rotate(four, left) & Uint32(mask))
-    return placed
+    return _place(_each_byte(sf & Uint32(_MAGNITUDES), _encode_scale), SCALE_ROTATIONS)
 
 
 def decode_scales(scales: Uint32) -> Uint32:
     """Inverse of ``encode_scales``."""
-    four = Uint32(0)
-    for left, mask in SCALE_ROTATIONS.items():
-        four = four | _rotate(scales & Uint32(mask), 32 - left)
-    return _each_byte(four, _decode_scale)
+    return _each_byte(_take_back(scales, SCALE_ROTATIONS), _decode_scale)
 
 
 TRANSPOSE_SELECTORS = ((0x6240, 0x3715), (0x5410, 0x3276))

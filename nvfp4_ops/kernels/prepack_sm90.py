@@ -122,9 +122,22 @@ def _decode_scales(packed: Tensor) -> Tensor:
     return torch.where(bits == _SCALE_NAN, nvfp4.E4M3_NAN_BYTE, e4m3).to(torch.uint8)
 
 
+# Words of 32 bits are held in int64.
+
+
 def _rotate_left(words: Tensor, left: int) -> Tensor:
-    """32-bit words in int64."""
     return ((words << left) | (words >> (32 - left))) & 0xFFFFFFFF
+
+
+def _to_words(four_bytes: Tensor) -> Tensor:
+    """(..., 4), the lowest byte first, -> (...)."""
+    return (four_bytes.long() << torch.arange(0, 32, 8, device=four_bytes.device)).sum(dim=-1)
+
+
+def _to_bytes(words: Tensor) -> Tensor:
+    """Inverse of ``_to_words``: uint8."""
+    shifts = torch.arange(0, 32, 8, device=words.device)
+    return ((words.unsqueeze(-1) >> shifts) & 0xFF).to(torch.uint8)
 
 
 def _pack_expert(codes: Tensor, sf_bytes: Tensor) -> Tensor:
@@ -146,15 +159,14 @@ def _pack_expert(codes: Tensor, sf_bytes: Tensor) -> Tensor:
             word |= ((code >> 2) & 1) << (16 * half + high)
             word |= ((code >> 1) & 1) << (16 * half + low)
             word |= (code & 1) << (16 * half + mantissa)
-    shifts = torch.arange(4, device=codes.device) * 8
-    code_bytes = ((word.unsqueeze(-1) >> shifts) & 0xFF).to(torch.uint8)
+    code_bytes = _to_bytes(word)
     scales = _encode_scales(sf_bytes).view(row_blocks, 4, 2, 8, column_blocks, 4, 2)
     scales = scales.permute(0, 4, 1, 3, 5, 2, 6)  # (rb, cb, warp, g, group, rh, block)
-    four = (scales.flatten(-2).long() << shifts).sum(dim=-1)
+    four = _to_words(scales.flatten(-2))
     placed = torch.zeros_like(four)
     for left, mask in SCALE_ROTATIONS.items():
         placed |= _rotate_left(four, left) & mask
-    scale_bytes = ((placed.unsqueeze(-1) >> shifts) & 0xFF).to(torch.uint8)
+    scale_bytes = _to_bytes(placed)
     lead = (row_blocks, column_blocks)
     return torch.cat(
         [code_bytes.reshape(*lead, CODE_BYTES), scale_bytes.reshape(*lead, SCALE_BYTES)], dim=-1
@@ -191,9 +203,7 @@ def unpack(prepacked: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
     num_experts, row_blocks, column_blocks, _ = prepacked.shape
     code_bytes, scale_bytes = prepacked.split([CODE_BYTES, SCALE_BYTES], dim=-1)
     shape = (num_experts, row_blocks, column_blocks)
-    octets = code_bytes.reshape(*shape, 2, 4, 8, 4, 4, 4).long()  # sub, warp, g, q, j, byte
-    shifts = torch.arange(4, device=prepacked.device) * 8
-    word = (octets << shifts).sum(dim=-1)
+    word = _to_words(code_bytes.reshape(*shape, 2, 4, 8, 4, 4, 4))  # sub, warp, g, q, j, byte
     registers = []
     for register, (sign, high, low, mantissa) in enumerate(BIT_POSITIONS):
         halves = []
@@ -210,12 +220,13 @@ def unpack(prepacked: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
     parts = parts.permute(0, 1, 4, 9, 5, 2, 3, 7, 8, 6, 10)
     codes = parts.reshape(num_experts, row_blocks * BLOCK_ROWS, column_blocks * BLOCK_COLUMNS)
     codes = _crop_rows(codes, n, k, gated=gated)
-    placed = (scale_bytes.reshape(*shape, 4, 8, 4, 4).long() << shifts).sum(dim=-1)
+    placed = _to_words(scale_bytes.reshape(*shape, 4, 8, 4, 4))
     four = torch.zeros_like(placed)
     for left, mask in SCALE_ROTATIONS.items():
         four |= _rotate_left(placed & mask, 32 - left)
-    scales = ((four.unsqueeze(-1) >> shifts) & 0xFF).unflatten(-1, (2, 2))
-    scales = _decode_scales(scales)  # (E, rb, cb, warp, g, group, rh, block)
+    scales = _decode_scales(_to_bytes(four)).unflatten(
+        -1, (2, 2)
+    )  # (E, rb, cb, warp, g, group, rh, block)
     scales = scales.permute(0, 1, 3, 6, 4, 2, 5, 7)
     num_blocks = nvfp4.num_blocks(column_blocks * BLOCK_COLUMNS)
     sf = scales.reshape(num_experts, row_blocks * BLOCK_ROWS, num_blocks)
