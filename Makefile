@@ -5,7 +5,7 @@ PYTHON ?= python3
 PYTEST_ARGS ?=
 
 PY := .venv/bin/python
-# Two workers: tests also start processes and compile; each worker gets its share of the cores.
+# Two workers: tests also start processes and compile. tests/conftest.py shares out the cores.
 CORES = $(shell $(PYTHON) -c "import os; print(os.cpu_count() or 1)")
 WORKERS ?= $(shell [ $(CORES) -gt 1 ] && echo 2 || echo 1)
 
@@ -30,8 +30,7 @@ test: lint types ## set up .venv, then run ruff, mypy and pytest
 		parallel="-n $(WORKERS) --dist worksteal"; \
 	else parallel=""; fi; \
 	echo "== pytest $$parallel $(PYTEST_ARGS)"; \
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( $(CORES) / $(WORKERS) ))} \
-		$(PY) -m pytest $$parallel $(PYTEST_ARGS)
+	$(PY) -m pytest $$parallel $(PYTEST_ARGS)
 
 sanitize: venv ## run small GPU tests under compute-sanitizer: memcheck and racecheck
 	@$(PY) tools/sanitize.py $(if $(PYTEST_ARGS),-- $(PYTEST_ARGS))
