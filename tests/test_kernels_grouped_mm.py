@@ -434,6 +434,37 @@ def test_grouped_mm_kernel_nan_row_stays_alone() -> None:
     assert_bytes_equal(poisoned[others].view(torch.int16), clean[others].view(torch.int16))
 
 
+def at_offset(tensor: Tensor, offset: int) -> Tensor:
+    """A copy on the GPU, ``offset`` bytes behind a multiple of 256."""
+    content = tensor.contiguous().cuda().view(-1).view(torch.uint8)
+    buffer = torch.empty(content.numel() + offset, dtype=torch.uint8, device="cuda")
+    buffer[offset:] = content
+    return buffer[offset:].view(tensor.dtype).view(tensor.shape)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("activation", [None, "silu_mul"])
+@pytest.mark.parametrize("offset", [64, 16, 2])
+def test_grouped_mm_kernel_takes_any_address(offset: int, activation: str | None) -> None:
+    """AOTInductor, say, puts constants at multiples of 64 bytes."""
+    arguments, codes, sf = gpu_arguments([5, 0, 40], activation=activation)
+    moved = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    packed = nvfp4_ops.prepack_weight(codes.cuda(), sf.cuda(), gated=activation is not None)
+    call = {**moved, "sf_b": None, "num_columns": codes.shape[1]}
+    expected = nvfp4_ops.grouped_scaled_mm(b=packed, **call)
+    for name in ("b", "a"):
+        shifted = {"b": packed, **call}
+        shifted[name] = at_offset(shifted[name], offset)
+        assert shifted[name].data_ptr() % 128 == offset
+        for early_weights in (False, True):
+            actual = nvfp4_ops.grouped_scaled_mm(**shifted, early_weights=early_weights)
+            assert_bytes_equal(actual.view(torch.int16), expected.view(torch.int16))
+    size = codes.shape[1], call["a"].shape[1]
+    unpacked = kernels.unpack(at_offset(packed, offset), *size)
+    for actual, wanted in zip(unpacked, kernels.unpack(packed, *size), strict=True):
+        assert_bytes_equal(actual, wanted)
+
+
 @pytest.mark.gpu
 def test_grouped_mm_kernel_replays_with_new_offs_and_rows() -> None:
     arguments, codes, sf = gpu_arguments([5, 0, 11, 4])

@@ -24,7 +24,7 @@ from nvfp4_ops.kernels.launch import prepack_kernel_sm90 as prepack_launch
 from nvfp4_ops.kernels.launch import quantize_rows as quantize_launch
 from nvfp4_ops.kernels.launch import sort_slots as sort_launch
 from nvfp4_ops.kernels.launch import swizzle_sf as swizzle_launch
-from nvfp4_ops.kernels.launch.tensors import GetCompiled, Launch, why_no_rows
+from nvfp4_ops.kernels.launch.tensors import VECTOR_BYTES, GetCompiled, Launch, why_no_rows
 from nvfp4_ops.kernels.limits import MAX_EXPERTS, num_multiprocessors
 from nvfp4_ops.kernels.prepack_sm90 import (
     GATED_RANK,
@@ -203,6 +203,15 @@ def prepare_grouped_mm(
     return launch
 
 
+def is_dense(x: Tensor) -> bool:
+    """Whether x is contiguous and starts at a multiple of 16 bytes, as bulk copies need it."""
+    return x.is_contiguous() and x.data_ptr() % VECTOR_BYTES == 0
+
+
+def dense(x: Tensor) -> Tensor:
+    return x if is_dense(x) else x.clone(memory_format=torch.contiguous_format)
+
+
 def prepack(codes: Tensor, block_scale: Tensor, *, gated: bool = False) -> Tensor:
     """Canonical weights to the layout of the grouped mm (``prepack_sm90.prepack``)."""
     if not codes.is_cuda or why_no_elementwise(codes) is not None:
@@ -230,7 +239,7 @@ def unpack(prepacked: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
     codes = prepacked.new_empty(*lead, nvfp4.packed_size(k))
     sf = prepacked.new_empty(*lead, nvfp4.num_blocks(k), dtype=torch.float8_e4m3fn)
     prepack_launch.launch_unpack(
-        packed=prepacked.contiguous(),
+        packed=dense(prepacked),
         codes=codes,
         block_scale=sf,
         get_compiled=_get_compiled("prepack", "prepack_kernel_sm90"),
@@ -376,16 +385,9 @@ def prepare_dequantize(
         codes, block_scale, global_scale, offs, dtype, get_compiled
     )
     launch = _with_contiguous(launch, {1: block_scale, 2: global_scale, 3: offs})
-    if _is_dense(codes):
+    if is_dense(codes):
         return launch
-    return lambda codes, *others: launch(
-        codes.clone(memory_format=torch.contiguous_format), *others
-    )
-
-
-def _is_dense(codes: Tensor) -> bool:
-    """Contiguous, and blocks of 8 bytes aligned."""
-    return codes.is_contiguous() and codes.data_ptr() % nvfp4.packed_size(nvfp4.BLOCK_SIZE) == 0
+    return lambda codes, *others: launch(dense(codes), *others)
 
 
 def prepare_swizzle(sf: Tensor, offs: Tensor | None) -> Launch:

@@ -32,7 +32,7 @@ from nvfp4_ops.kernels.grouped_mm_stage_sm90 import (
     StageRecord,
     barrier,
 )
-from nvfp4_ops.kernels.launch.tensors import WARP
+from nvfp4_ops.kernels.launch.tensors import VECTOR_BYTES, WARP
 from nvfp4_ops.kernels.limits import MAX_EXPERTS
 from nvfp4_ops.kernels.memory import follow_previous_kernel
 from nvfp4_ops.kernels.prepack_sm90 import BLOCK_BYTES
@@ -499,14 +499,15 @@ def build(config: GroupedMmConfig, options: str = "") -> Callable[..., None]:
             Uint8,
             (experts, row_blocks, column_blocks, BLOCK_BYTES),
             stride_order=(3, 2, 1, 0),
-            assumed_align=128,
+            # All that bulk copies need: AOTInductor gives constants multiples of 64.
+            assumed_align=VECTOR_BYTES,
         ),
-        make_fake_tensor(BFloat16, (rows, k), (k, 1), assumed_align=16),
+        make_fake_tensor(BFloat16, (rows, k), (k, 1), assumed_align=VECTOR_BYTES),
         make_fake_compact_tensor(Int32, (experts,)),
         make_fake_compact_tensor(Float32, (size(),)),
         make_fake_compact_tensor(Float32, (size(),)),
         make_fake_compact_tensor(Float32, (size(),)),
-        make_fake_tensor(out_type, (rows, columns), (columns, 1), assumed_align=16),
+        make_fake_tensor(out_type, (rows, columns), (columns, 1), assumed_align=VECTOR_BYTES),
         Int32(1),
         Int32(1),
         Int32(1),

@@ -93,7 +93,7 @@ def _plan_kernel(arguments: Arguments, act: Activation) -> Run:
     is_complete = fused == act
     mm_shape = (num_rows, n // 2 if fused.gated else n)
     mm_dtype = out_dtype if is_complete else torch.float32
-    is_dense = b.is_contiguous() and offs.is_contiguous()
+    is_dense = kernels.is_dense(b) and offs.is_contiguous()
     rows_of = _plan_rows(a, sf_a, offs, k)
     launch = kernels.prepare_grouped_mm(
         num_rows,
@@ -123,7 +123,7 @@ def _plan_kernel(arguments: Arguments, act: Activation) -> Run:
     ) -> Tensor:
         out = a.new_empty(*mm_shape, dtype=mm_dtype)
         if not is_dense:
-            b, offs = b.contiguous(), offs.contiguous()
+            b, offs = kernels.dense(b), offs.contiguous()
         if is_gated_for_nothing:
             b, sf_b = kernels.unpack(b, n, k)
         launch(
@@ -146,7 +146,10 @@ def _plan_rows(
 ) -> Callable[[Tensor, Tensor | None, Tensor], Tensor]:
     """From a and sf_a to the rows that the kernel multiplies."""
     if sf_a is None:
-        return lambda a, sf_a, offs: a.contiguous()
+        # A plan is kept for addresses that are aligned like these.
+        if kernels.is_dense(a):
+            return lambda a, sf_a, offs: a
+        return lambda a, sf_a, offs: kernels.dense(a)
     shape = (a.shape[0], k)
     launch = kernels.prepare_dequantize(a, sf_a, None, offs, torch.bfloat16)
 
