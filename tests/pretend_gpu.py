@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nvfp4_ops import kernels, plans
 from nvfp4_ops.kernels import compile_cache
-from nvfp4_ops.kernels.launch import amax, combine_rows, decode, permute_rows, quantize_rows
+from nvfp4_ops.kernels.launch import amax, combine_rows, permute_rows, quantize_rows
 
 DEVICE = torch.device("cuda", 0)
 NUM_MULTIPROCESSORS = 132
@@ -54,7 +54,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Launches:
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda self: True))
     monkeypatch.setattr(Tensor, "device", property(lambda self: DEVICE))
     monkeypatch.setattr(kernels, "why_no_kernels", lambda device: None)
-    for module in (kernels, amax, combine_rows, decode, permute_rows, quantize_rows):
+    for module in (kernels, amax, combine_rows, permute_rows, quantize_rows):
         monkeypatch.setattr(module, "num_multiprocessors", lambda device: NUM_MULTIPROCESSORS)
     monkeypatch.setattr(compile_cache, "get", launches.get)
     return launches

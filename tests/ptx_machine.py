@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 WARP = 32
 GUARD_BYTES, FIRST_ADDRESS = 256, 1 << 40
 SHARED_BYTES = 227 * 1024
+_ALL_ONES = (1 << 64) - 1
 Values = NDArray[np.uint64]
 Bytes = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -235,7 +236,7 @@ class _Cta:
         elif operand == "__dynamic_shmem__0":
             value = 0
         else:
-            value = int(operand, 0) & ((1 << 64) - 1)
+            value = int(operand, 0) & _ALL_ONES
         return np.full(self.thread.size, value, np.uint64)
 
     def _execute(self, instruction: _Instruction, active: Mask) -> Values | list[Values]:
@@ -243,7 +244,7 @@ class _Cta:
         target, sources = instruction.operands[0], instruction.operands[1:]
         if opcode[0] == "mov":
             return self._move(target, sources[0], _bits(kind) // 2)
-        if opcode[0] in ("shfl", "match", "vote"):
+        if opcode[0] in ("shfl", "match", "vote", "redux"):
             self._whole_warps(active)
             return self._across_lanes(opcode, self._read(sources[0]), sources)
         values = [self._read(source) for source in sources]
@@ -300,6 +301,9 @@ class _Cta:
         if opcode[0] == "vote":
             ballot = ((lanes != 0) * bits).sum(axis=1, dtype=np.uint64)
             return np.repeat(ballot, WARP)
+        if opcode[0] == "redux":
+            assert opcode[2] == "add", "only sums"
+            return np.repeat(_truncate(lanes.sum(axis=1, dtype=np.uint64), 32), WARP)
         step, lane = int(sources[1]), np.arange(WARP)
         other = np.full(WARP, step) if opcode[2] == "idx" else lane - step
         return lanes[:, np.where(other < 0, lane, other)].reshape(-1)
@@ -326,7 +330,7 @@ class _Cta:
         count = next(
             (int(part[1:]) for part in instruction.opcode if re.fullmatch("v[24]", part)), 1
         )
-        return count, _bits(kind) // 8, self._read(base) + np.uint64(int(offset or 0))
+        return count, _bits(kind) // 8, self._read(base) + np.uint64(int(offset or 0) & _ALL_ONES)
 
     def _bytes(
         self, instruction: _Instruction, addresses: Values, size: int, active: Mask, store: bool

@@ -35,12 +35,7 @@ from cutlass.cute.runtime import from_dlpack
 from nvfp4_ops.kernels import amax, decode, per_token
 from nvfp4_ops.kernels import quantize_rows as quantize
 from nvfp4_ops.kernels.launch.amax import VECTORS_PER_LANE, AmaxConfig
-from nvfp4_ops.kernels.launch.decode import (
-    RESIDENT_CTAS,
-    THREADS,
-    DecodeConfig,
-    prepare_decode,
-)
+from nvfp4_ops.kernels.launch.decode import DecodeConfig, prepare_decode
 from nvfp4_ops.kernels.launch.per_token import PerTokenConfig
 from nvfp4_ops.kernels.launch.per_token import choose_config as choose_per_token
 from nvfp4_ops.kernels.launch.quantize_rows import QuantizeConfig
@@ -117,7 +112,8 @@ def test_kernels_compile_without_a_stack(config: Any, tmp_path: Path) -> None:
         assert ptx.count("div.rn.f32") == (config.of == "row")
     elif isinstance(config, DecodeConfig):
         assert "fma" not in ptx
-        assert registers * THREADS * RESIDENT_CTAS <= 1 << 16
+        # Half of the threads that a multiprocessor has.
+        assert registers <= 64
     elif isinstance(config, QuantizeConfig):
         assert registers * config.threads * config.resident_ctas <= 1 << 16
 

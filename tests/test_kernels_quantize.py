@@ -41,7 +41,6 @@ from nvfp4_ops.kernels import blocks
 from nvfp4_ops.kernels import quantize_rows as quantize
 from nvfp4_ops.kernels import swizzle_sf as swizzle
 from nvfp4_ops.kernels.launch.quantize_rows import (
-    WAVES,
     QuantizeConfig,
     choose_col_warps,
     choose_grid,
@@ -113,7 +112,7 @@ def test_kernels_compile_to_exact_arithmetic_in_registers(config: Any, tmp_path:
         # Two stores a block, and two of zeros.
         assert ptx.count("st.global.v4") == 2 * quantize.BLOCKS_PER_LANE + 2
         assert "st.global.b8" not in ptx
-    # As many CTAs as the grid of ragged rows counts on.
+    # As many CTAs at once as it was compiled for.
     assert registers * config.threads * config.resident_ctas <= 1 << 16
 
 
@@ -126,21 +125,52 @@ def test_swizzle_ptx_gives_the_bytes_of_the_reference(
     config = SwizzleConfig(direction, False, 16, threads)
     kernel = Kernel(build(config, f"--gpu-arch sm_90a --keep-ptx --dump-dir {tmp_path}").__ptx__)
     for rows, cols in ((300, 16), (129, 272), (260, 528)):
-        linear = torch.randint(0, 127, (rows, cols), dtype=torch.uint8)
-        swizzled = nvfp4_ops.swizzle_sf(linear.view(torch.float8_e4m3fn)).view(torch.uint8)
-        source, target = (linear, swizzled) if direction == "swizzle" else (swizzled, linear)
-        memory = Memory()
-        addresses = memory.add(source), memory.add(torch.full_like(target, 0xAA))
-        linear_at, swizzled_at = addresses if direction == "swizzle" else addresses[::-1]
-        row_tiles, col_tiles, *_ = swizzled.shape
-        params = [
-            struct.pack("<q2i", linear_at, rows, cols),
-            struct.pack("<q2i", swizzled_at, row_tiles, col_tiles),
-            struct.pack("<i", rows),
-        ]
-        kernel.launch((row_tiles, -(-col_tiles * 8 // threads)), params, memory)
-        assert torch.equal(memory.get(addresses[1], target), target)
-        assert memory.writes(addresses[1], target) == [1]
+        check_swizzle_ptx(kernel, config, rows, cols, None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU tests compile and run them")
+@pytest.mark.parametrize("direction", ["swizzle", "unswizzle"])
+def test_swizzle_ptx_finds_the_experts_of_ragged_rows(
+    direction: Literal["swizzle", "unswizzle"], tmp_path: Path
+) -> None:
+    config = SwizzleConfig(direction, True, 16, 128)
+    kernel = Kernel(build(config, f"--gpu-arch sm_90a --keep-ptx --dump-dir {tmp_path}").__ptx__)
+    for num_experts in (1, 32, 33, 70):
+        for offs in (
+            offs_of(600, num_experts),
+            offs_of(600, num_experts, 1.0),
+            torch.full((num_experts,), 600),
+            torch.zeros(num_experts),
+            # All rows are the last expert's.
+            torch.arange(num_experts) // (num_experts - 1 or 1) * 600,
+        ):
+            check_swizzle_ptx(kernel, config, 600, 16, offs.int())
+
+
+def check_swizzle_ptx(
+    kernel: Kernel, config: SwizzleConfig, rows: int, cols: int, offs: torch.Tensor | None
+) -> None:
+    scales = torch.randint(0, 127, (rows, cols), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    tiles = reference.swizzle_sf(scales, offs)
+    linear, swizzled = scales.view(torch.uint8), tiles.view(torch.uint8)
+    source, target, grid_rows = linear, swizzled, swizzled.shape[0]
+    if config.direction == "unswizzle":
+        source, target = swizzled, reference.unswizzle_sf(tiles, (rows, cols), offs)
+        target = target.view(torch.uint8)
+        grid_rows += 0 if offs is None else nvfp4.ceil_div(rows, nvfp4.SWIZZLE_TILE_ROWS)
+    memory = Memory()
+    addresses = memory.add(source), memory.add(torch.full_like(target, 0xAA))
+    linear_at, swizzled_at = addresses if config.direction == "swizzle" else addresses[::-1]
+    row_tiles, col_tiles, *_ = swizzled.shape
+    params = [
+        struct.pack("<q2i", linear_at, rows, cols),
+        struct.pack("<q2i", swizzled_at, row_tiles, col_tiles),
+        *([] if offs is None else [struct.pack("<qi4x", memory.add(offs), offs.shape[0])]),
+        struct.pack("<i", rows),
+    ]
+    kernel.launch((grid_rows, nvfp4.ceil_div(col_tiles * 8, config.threads)), params, memory)
+    assert torch.equal(memory.get(addresses[1], target), target)
+    assert memory.writes(addresses[1], target) == [1]
 
 
 def test_quantize_config_needs_offs_for_a_scale_per_expert() -> None:
@@ -196,11 +226,8 @@ def test_quantize_grid_covers_every_block_once(
     assert torch.equal(covered.sort().values, torch.arange(covered.numel()))
     assert covered.numel() >= cols
     assert 1 <= grid_steps <= nvfp4.ceil_div(cols, cols_per_step)
-    if not (swizzled and ragged):
-        units = row_tiles * nvfp4.SWIZZLE_LINES if swizzled else rows
-        assert 0 <= grid_rows * (warps // col_warps) - units < warps // col_warps
-    else:
-        assert grid_rows * grid_steps <= WAVES * config.resident_ctas * 132
+    units = row_tiles * nvfp4.SWIZZLE_LINES if swizzled else rows
+    assert 0 <= grid_rows * (warps // col_warps) - units < warps // col_warps
 
 
 @cute.jit

@@ -36,7 +36,7 @@ from nvfp4_ops.kernels.memory import (
     store_words,
     vector_at,
 )
-from nvfp4_ops.kernels.ragged import RaggedTiles, locate_ragged_tile, locate_tile, warp_upper_bound
+from nvfp4_ops.kernels.ragged import locate_ragged_tile, locate_tile, warp_upper_bound
 
 # The magnitude of a code in a bf16 word's lowest exponent bits and highest mantissa bit is 2^-126
 # times its value, subnormal codes included.
@@ -73,8 +73,8 @@ class DecodeKernel:
     """out[r, k] = e2m1(codes[r, k]) * block_scale[r, k // 16] (* global_scale); 0 of no expert.
 
     A warp decodes a row, a lane ``VECTORS_PER_LANE`` times 16 bytes of output at once, so that a
-    warp's stores are contiguous. Linear, rows are spread over the grid; swizzled, units of the
-    eight rows of two lines, which CTAs walk where offs is given.
+    warp's stores are contiguous. A CTA has a step of eight rows: linear, the next ones; swizzled,
+    those of two lines.
 
     Limits: K a multiple of 16; codes at a multiple of 8 bytes; at most ``MAX_EXPERTS`` experts
     where ragged.
@@ -89,7 +89,6 @@ class DecodeKernel:
             raise ValueError(f"dtype: without a global scale only bfloat16, got {config.dtype}")
         self.vector_size = VECTOR_BYTES // self.words.element_bytes
         self.code_bytes = nvfp4.packed_size(self.vector_size)
-        self.ragged_tiles = RaggedTiles(THREADS)
 
     @cute.jit
     def __call__(
@@ -127,28 +126,21 @@ class DecodeKernel:
             num_experts = Int32(mOffs.shape[0])
             end_row = Int32(mOffs[num_experts - 1])
         if cutlass.const_expr(config.swizzled):
-            sEnd, sTileEnd = None, None
+            tile = cta // UNITS_PER_TILE
+            line = cta % UNITS_PER_TILE * LINES_PER_UNIT + warp % LINES_PER_UNIT
+            group = warp // LINES_PER_UNIT
             if cutlass.const_expr(config.ragged):
-                sEnd, sTileEnd = self.ragged_tiles.scan(mOffs, num_experts)
-            num_units = Int32(mSf.shape[0]) * UNITS_PER_TILE
-            for unit in cutlass.range(cta, num_units, cute.arch.grid_dim()[0], unroll=1):
-                tile = unit // UNITS_PER_TILE
-                line = unit % UNITS_PER_TILE * LINES_PER_UNIT + warp % LINES_PER_UNIT
-                group = warp // LINES_PER_UNIT
-                if cutlass.const_expr(config.ragged):
-                    expert, first_row, num_valid = locate_ragged_tile(
-                        sEnd, sTileEnd, num_experts, tile
-                    )
-                else:
-                    expert, first_row, num_valid = locate_tile(rows_per_expert, tile)
-                row_in_tile = line + group * nvfp4.SWIZZLE_LINES
-                if row_in_tile < num_valid:
-                    sf_row = mSf.iterator.toint() + (
-                        Int64(tile) * Int64(mSf.shape[1]) * nvfp4.SWIZZLE_TILE_BYTES
-                        + Int64(line) * nvfp4.SWIZZLE_LINE_BYTES
-                        + Int64(group) * nvfp4.SWIZZLE_TILE_COLS
-                    )
-                    self._decode_row(mCodes, mScale, mOut, first_row + row_in_tile, sf_row, expert)
+                expert, first_row, num_valid = locate_ragged_tile(mOffs, num_experts, tile)
+            else:
+                expert, first_row, num_valid = locate_tile(rows_per_expert, tile)
+            row_in_tile = line + group * nvfp4.SWIZZLE_LINES
+            if row_in_tile < num_valid:
+                sf_row = mSf.iterator.toint() + (
+                    Int64(tile) * Int64(mSf.shape[1]) * nvfp4.SWIZZLE_TILE_BYTES
+                    + Int64(line) * nvfp4.SWIZZLE_LINE_BYTES
+                    + Int64(group) * nvfp4.SWIZZLE_TILE_COLS
+                )
+                self._decode_row(mCodes, mScale, mOut, first_row + row_in_tile, sf_row, expert)
         else:
             row = cta * WARPS + warp
             if row < end_row:
@@ -172,27 +164,27 @@ class DecodeKernel:
         sf_row: Int64,
         expert: Int32,
     ):
-        """sf_row: address of the row's first scale."""
+        """This CTA's step of a row. sf_row: address of the row's first scale."""
         global_scale = Float32(1.0)
         if cutlass.const_expr(self.config.scale != "none"):
             index = {"tensor": Int32(0), "row": row, "expert": expert}[self.config.scale]
             global_scale = Float32(mScale[index])
         codes_row = mCodes.iterator.toint() + Int64(row) * Int64(mCodes.shape[1])
-        first, num_vectors, stride = self._my_vectors(mCodes)
+        num_vectors = Int32(mCodes.shape[1]) // self.code_bytes
+        first = cute.arch.block_idx()[1] * (WARP * VECTORS_PER_LANE) + cute.arch.lane_idx()
         out_row = mOut.iterator.toint() + Int64(row) * Int64(num_vectors) * VECTOR_BYTES
-        for start in cutlass.range(first, num_vectors, stride, unroll=1):
-            codes, sfs = [], []
-            for i in cutlass.range_constexpr(VECTORS_PER_LANE):
-                # Past the end the last vector is loaded again: no branch between the loads.
-                vector = cutlass.min(start + i * WARP, num_vectors - 1)
-                codes.append(self._load_codes(codes_row + Int64(vector) * self.code_bytes))
-                gSf = bytes_at(sf_row + self._sf_offset(vector), 1)
-                sfs.append(Uint32(Uint8(gSf[0])))
-            for i in cutlass.range_constexpr(VECTORS_PER_LANE):
-                vector = start + i * WARP
-                words = self._decode_vector(codes[i], sfs[i], global_scale)
-                if vector < num_vectors:
-                    store_words(out_row + Int64(vector) * VECTOR_BYTES, words)
+        codes, sfs = [], []
+        for i in cutlass.range_constexpr(VECTORS_PER_LANE):
+            # Past the end the last vector is loaded again: no branch between the loads.
+            vector = cutlass.min(first + i * WARP, num_vectors - 1)
+            codes.append(self._load_codes(codes_row + Int64(vector) * self.code_bytes))
+            gSf = bytes_at(sf_row + self._sf_offset(vector), 1)
+            sfs.append(Uint32(Uint8(gSf[0])))
+        for i in cutlass.range_constexpr(VECTORS_PER_LANE):
+            vector = first + i * WARP
+            words = self._decode_vector(codes[i], sfs[i], global_scale)
+            if vector < num_vectors:
+                store_words(out_row + Int64(vector) * VECTOR_BYTES, words)
 
     def _decode_vector(self, codes: Uint32, sf: Uint32, global_scale: Float32) -> list[Uint32]:
         """16 bytes of output."""
@@ -220,13 +212,6 @@ class DecodeKernel:
             return Int64(col)
         tile, col_in_tile = col // nvfp4.SWIZZLE_TILE_COLS, col % nvfp4.SWIZZLE_TILE_COLS
         return Int64(tile) * nvfp4.SWIZZLE_TILE_BYTES + Int64(col_in_tile)
-
-    def _my_vectors(self, mCodes: cute.Tensor) -> tuple[Int32, Int32, Int32]:
-        """First vector of this lane in a row, vectors of a row, and stride of steps."""
-        step = WARP * VECTORS_PER_LANE
-        num_vectors = Int32(mCodes.shape[1]) // self.code_bytes
-        first = cute.arch.block_idx()[1] * step + cute.arch.lane_idx()
-        return first, num_vectors, cute.arch.grid_dim()[1] * step
 
     @cute.jit
     def _zero_rows_from(self, mOut: cute.Tensor, end_row: Int32):

@@ -35,7 +35,7 @@ from nvfp4_ops.kernels.memory import (
     store_block,
     store_words,
 )
-from nvfp4_ops.kernels.ragged import RaggedTiles, locate_ragged_tile, locate_tile, warp_upper_bound
+from nvfp4_ops.kernels.ragged import locate_ragged_tile, locate_tile, warp_upper_bound
 
 
 class QuantizeKernel:
@@ -48,8 +48,7 @@ class QuantizeKernel:
     of a row. Swizzled, it has 16 contiguous blocks of the rows l, l + 32, l + 64, l + 96 of a tile,
     whose scales are whole lines of 16 bytes; pads are zeroed by the same stores.
 
-    Grid: linear, rows x column steps. Swizzled, lines x column steps; with offs, CTAs walk the
-    lines, as each has to find the experts' tiles first. Rows of no expert are not read.
+    Grid: rows x column steps, swizzled lines x column steps. Rows of no expert are not read.
 
     Limits: rows of x start at multiples of 16 bytes; at most ``MAX_EXPERTS`` experts; the global
     scale is positive.
@@ -69,7 +68,6 @@ class QuantizeKernel:
         self.config = config
         self.warps = config.threads // WARP
         self.blocks = BlockQuantizer(config.dtype, config.activation, config.limit)
-        self.ragged_tiles = RaggedTiles(config.threads)
         # A block in mOut: its elements, two codes to one, and its bytes.
         self.out_size = nvfp4.BLOCK_SIZE if config.values else CODE_BYTES
         self.out_bytes = VALUE_BYTES if config.values else CODE_BYTES
@@ -176,19 +174,14 @@ class QuantizeKernel:
         num_rows, col_tiles = Int32(mOut.shape[0]), Int32(mSf.shape[1])
         warp_row, warp_col = warp // col_warps, warp % col_warps
         row_warps = self.warps // col_warps
-        num_experts = Int32(0)
-        sEnd, sTileEnd = None, None
-        if cutlass.const_expr(self.config.ragged):
-            num_experts = Int32(mOffs.shape[0])
-            sEnd, sTileEnd = self.ragged_tiles.scan(mOffs, num_experts)
         group, lane_col = lane // SWIZZLED_LANES, lane % SWIZZLED_LANES
-        first_line = cute.arch.block_idx()[0] * row_warps + warp_row
-        num_lines = Int32(mSf.shape[0]) * nvfp4.SWIZZLE_LINES
-        line_stride = cute.arch.grid_dim()[0] * row_warps
-        for line_index in cutlass.range(first_line, num_lines, line_stride, unroll=1):
-            tile, line = line_index // nvfp4.SWIZZLE_LINES, line_index % nvfp4.SWIZZLE_LINES
+        line_index = cute.arch.block_idx()[0] * row_warps + warp_row
+        tile, line = line_index // nvfp4.SWIZZLE_LINES, line_index % nvfp4.SWIZZLE_LINES
+        # The last CTA may have fewer lines than warps.
+        if tile < Int32(mSf.shape[0]):
             if cutlass.const_expr(self.config.ragged):
-                expert, first_row, num_valid = locate_ragged_tile(sEnd, sTileEnd, num_experts, tile)
+                num_experts = Int32(mOffs.shape[0])
+                expert, first_row, num_valid = locate_ragged_tile(mOffs, num_experts, tile)
             else:
                 expert, first_row, num_valid = locate_tile(num_rows, tile)
             line_address = mSf.iterator.toint() + (
@@ -197,8 +190,10 @@ class QuantizeKernel:
             )
             if line < num_valid:
                 row_in_tile = line + group * nvfp4.SWIZZLE_LINES
-                # Lanes past the last row load it again.
-                row = first_row + cutlass.min(row_in_tile, num_valid - 1)
+                # A lane without a row loads the first group's, whose lanes load the same bytes.
+                row = first_row + line
+                if row_in_tile < num_valid:
+                    row = first_row + row_in_tile
                 self._quantize_row(
                     mX,
                     mScale,

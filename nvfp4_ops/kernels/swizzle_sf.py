@@ -21,7 +21,7 @@ from nvfp4_ops.kernels.memory import (
     follow_previous_kernel,
     vector_at,
 )
-from nvfp4_ops.kernels.ragged import RaggedTiles, locate_ragged_tile, locate_tile
+from nvfp4_ops.kernels.ragged import locate_ragged_tile, locate_tile
 
 COL_TILES_PER_LANE = VECTOR_BYTES // nvfp4.SWIZZLE_TILE_COLS
 LINES_PER_WARP = WARP // LANES_ACROSS
@@ -46,7 +46,6 @@ class SwizzleKernel:
             raise ValueError(f"not a swizzle config: {config}")
         self.config = config
         self.lanes_across = warps // WARPS_PER_TILE * LANES_ACROSS
-        self.ragged_tiles = RaggedTiles(config.threads)
 
     @cute.jit
     def __call__(
@@ -91,11 +90,10 @@ class SwizzleKernel:
         follow_previous_kernel()
         if cutlass.const_expr(config.ragged):
             num_experts = Int32(mOffs.shape[0])
-            sEnd, sTileEnd = self.ragged_tiles.scan(mOffs, num_experts)
-            _, first_row, num_valid = locate_ragged_tile(sEnd, sTileEnd, num_experts, tile)
+            _, first_row, num_valid = locate_ragged_tile(mOffs, num_experts, tile)
             if not in_tiles:
                 num_dropped_before = (tile - row_tiles) * nvfp4.SWIZZLE_TILE_ROWS
-                first_row = Int32(sEnd[num_experts - 1]) + num_dropped_before
+                first_row = Int32(mOffs[num_experts - 1]) + num_dropped_before
                 num_valid = num_rows - first_row
         else:
             _, first_row, num_valid = locate_tile(rows_per_expert, tile)

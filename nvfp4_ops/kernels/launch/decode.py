@@ -16,7 +16,6 @@ from nvfp4_ops.kernels.launch.tensors import (
     check_num_experts,
     tiles_view,
 )
-from nvfp4_ops.kernels.limits import num_multiprocessors
 
 # 16-byte stores that a lane prepares at once.
 VECTORS_PER_LANE = 4
@@ -29,11 +28,6 @@ WARPS = THREADS // WARP
 LINES_PER_UNIT = WARPS // ROW_GROUPS
 
 UNITS_PER_TILE = nvfp4.SWIZZLE_LINES // LINES_PER_UNIT
-
-# At most this many CTAs a multiprocessor where a CTA has a prologue to amortise; all are resident.
-RESIDENT_CTAS = 4
-
-CTAS_PER_SM = 8
 
 
 @dataclass(frozen=True)
@@ -84,18 +78,8 @@ def prepare_decode(
         grid_rows = block_scale.shape[0] * UNITS_PER_TILE
     else:
         grid_rows = nvfp4.ceil_div(num_rows, WARPS)
-    multiprocessors = num_multiprocessors(codes.device)
-    step_bytes = WARP * VECTORS_PER_LANE * VECTOR_BYTES
     k = packed_k * nvfp4.CODES_PER_BYTE
-    # A row's steps go to CTAs of their own while there are multiprocessors to spare.
-    grid_steps = min(
-        nvfp4.ceil_div(k * dtype.itemsize, step_bytes),
-        max(1, CTAS_PER_SM * multiprocessors // grid_rows),
-    )
-    if swizzled and offs is not None:
-        resident = RESIDENT_CTAS * multiprocessors
-        grid_rows = min(grid_rows, resident)
-        grid_steps = min(grid_steps, max(1, resident // grid_rows))
+    grid_steps = nvfp4.ceil_div(k * dtype.itemsize, WARP * VECTORS_PER_LANE * VECTOR_BYTES)
     compiled = get_compiled(config)
     rows_per_expert = lead[-1]
 

@@ -31,9 +31,6 @@ LINEAR_COLS, SWIZZLED_COLS = BLOCKS_PER_LANE * LINEAR_LANES, BLOCKS_PER_LANE * S
 
 # CTAs a multiprocessor from which on it is better to give a warp more steps than to add CTAs.
 CTAS_PER_SM = 8
-# Of CTAs that walk ragged lines, how many for each one that is resident: the second half evens out
-# what the first has drawn.
-WAVES = 2
 
 Scale = Literal["tensor", "row", "expert"]
 
@@ -94,12 +91,11 @@ def choose_grid(
         col_warps = choose_col_warps(num_sf_cols, warps)
         grid_rows = nvfp4.ceil_div(row_tiles * nvfp4.SWIZZLE_LINES, warps // col_warps)
         num_steps = nvfp4.ceil_div(num_sf_cols, col_warps * SWIZZLED_COLS)
+    if config.values:
+        # A warp that loads its next blocks between its stores of values is a seventh slower.
+        return grid_rows, num_steps, col_warps
     # A row's steps go to CTAs of their own while there are multiprocessors to spare.
     grid_steps = min(num_steps, max(1, CTAS_PER_SM * multiprocessors // grid_rows))
-    if config.swizzled and config.ragged:
-        walking = WAVES * config.resident_ctas * multiprocessors
-        grid_rows = min(grid_rows, walking)
-        grid_steps = min(grid_steps, max(1, walking // grid_rows))
     return grid_rows, grid_steps, col_warps
 
 
