@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import nvfp4_ops
-from nvfp4_ops import Activation
+from nvfp4_ops import Activation, kernels
 
 ONE_E4M3 = 0x38
 NAN_E4M3 = 0x7F
@@ -109,6 +109,8 @@ class Sample:
         act = options.get("activation")
         if isinstance(act, Activation):
             options.update(activation=act.name, limit=act.limit)
+        if "num_columns" in options:
+            options["layout"] = kernels.LAYOUT
         if "out_dtype" in options:
             options["out_dtype"] = str(options["out_dtype"]).removeprefix("torch.")
         return options
@@ -319,17 +321,18 @@ def _prepack_samples() -> list[Sample]:
     def experts(n: int, k: int) -> Callable[[int], tuple[Any, ...]]:
         return lambda r: (random_codes(r, n, k // 2), random_sf(r, n, k // 16, lowest=1))
 
+    prepacked = {"num_columns": 32}
     return [
         Sample("prepack_weight", "padded", experts(16, 16)),
         Sample("prepack_weight", "odd", experts(48, 80)),
         Sample("prepack_weight", "whole-tiles", experts(128, 128)),
         Sample("prepack_weight", "gated", experts(96, 80), {"gated": True}),
-        Sample("grouped_scaled_mm", "prepacked", _prepacked_mm, {"num_columns": 32}),
+        Sample("grouped_scaled_mm", "prepacked", _prepacked_mm, prepacked),
         Sample(
             "grouped_scaled_mm",
             "prepacked-gated",
             lambda r: _prepacked_mm(r, gated=True),
-            {"num_columns": 32, "activation": "silu_mul"},
+            prepacked | {"activation": "silu_mul"},
         ),
     ]
 

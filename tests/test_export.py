@@ -22,6 +22,7 @@ from torch.utils.cpp_extension import CUDA_HOME
 import nvfp4_ops
 from bench import export as export_bench
 from bench.moe_layers import Shape, random_routing
+from nvfp4_ops import kernels
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "examples"))
@@ -132,6 +133,38 @@ def test_export_of_a_decoder_is_saved_and_loaded_with_the_bits_of_eager(device: 
     assert loaded.state_dict.keys() >= {*weights}
     for name, tensor in loaded.state_dict.items():
         assert_bytes_equal(tensor, own[name], name)
+
+
+@torch.no_grad()
+def test_exported_program_refuses_another_layout_of_its_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    moe = make_moe()
+    codes, scale = moe.down_proj.weight, moe.down_proj.weight_scale
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("packed", nvfp4_ops.prepack_weight(codes, scale))
+
+        def forward(self, x: Tensor, offs: Tensor) -> Tensor:
+            alpha = torch.ones(EXPERTS)
+            return nvfp4_ops.grouped_scaled_mm(
+                x, self.packed, None, None, alpha, offs, num_columns=codes.shape[1]
+            )
+
+    inputs = torch.ones(EXPERTS, 2 * codes.shape[2]), torch.arange(1, EXPERTS + 1).int()
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(Product(), inputs), buffer)
+    buffer.seek(0)
+    run = torch.export.load(buffer).module()
+    expected = nvfp4_ops.grouped_scaled_mm(
+        inputs[0], codes, None, scale, torch.ones(EXPERTS), inputs[1]
+    )
+    assert torch.equal(run(*inputs), expected)
+    monkeypatch.setattr(kernels, "LAYOUT", kernels.LAYOUT + 1)
+    with pytest.raises(ValueError, match=r"layout 2, but .* has layout 3: export the program anew"):
+        run(*inputs)
 
 
 @pytest.mark.parametrize("count", [0, 1])

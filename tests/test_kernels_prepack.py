@@ -1,5 +1,6 @@
 """The prepack kernels: their arithmetic on the host, compiled anywhere, run on a GPU."""
 
+import hashlib
 import os
 from functools import cache
 from pathlib import Path
@@ -49,6 +50,24 @@ def weights(num_experts: int, n: int, k: int, *, seed: int = 0) -> tuple[Tensor,
 
 
 # --- On the host ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("gated", "digest"),
+    [(False, "306b2f1e384fdb0b"), (True, "98aa0d1c2c1e7038")],
+)
+def test_prepack_layout_has_a_number_of_its_own(gated: bool, digest: str) -> None:
+    """Saved programs hold it beside their weights: other bytes, another number, other digests."""
+    num_experts, n, k = 2, 160, 272
+    codes = torch.arange(num_experts * n * k // 2) * 40503 // 64 % 256
+    sf = torch.arange(num_experts * n * k // 16) * 40503 // 64 % 256
+    packed = prepack_sm90.prepack(
+        codes.byte().view(num_experts, n, k // 2),
+        sf.byte().view(torch.float8_e4m3fn).view(num_experts, n, k // 16),
+        gated=gated,
+    )
+    assert prepack_sm90.LAYOUT == 2
+    assert hashlib.sha256(packed.numpy().tobytes()).hexdigest()[:16] == digest
 
 
 @cute.jit

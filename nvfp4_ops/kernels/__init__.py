@@ -28,6 +28,7 @@ from nvfp4_ops.kernels.launch.tensors import VECTOR_BYTES, GetCompiled, Launch, 
 from nvfp4_ops.kernels.limits import MAX_EXPERTS, num_multiprocessors
 from nvfp4_ops.kernels.prepack_sm90 import (
     GATED_RANK,
+    LAYOUT,
     PLAIN_RANK,
     num_weight_blocks,
     prepacked_shape,
@@ -35,6 +36,7 @@ from nvfp4_ops.kernels.prepack_sm90 import (
 
 __all__ = [
     "GATED_RANK",
+    "LAYOUT",
     "PLAIN_RANK",
     "has_elementwise",
     "num_weight_blocks",

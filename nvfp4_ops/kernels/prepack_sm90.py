@@ -38,6 +38,10 @@ BLOCK_BYTES = CODE_BYTES + SCALE_BYTES
 ROW_GROUPS, ROW_HALVES, ROWS_PER_GROUP = 4, 2, 8
 PLAIN_RANK, GATED_RANK = 4, 5
 
+LAYOUT = 2
+"""Of what this module's docstring says; another one gets another number. Saved programs hold
+prepacked weights and the number."""
+
 DECODE_EXPONENT = 7
 """Operands in registers are value * 2^-7: alpha makes up for it."""
 

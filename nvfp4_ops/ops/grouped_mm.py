@@ -172,7 +172,8 @@ def _prepack(b: Tensor, sf_b: Tensor, n: int, k: int, act: Activation) -> Tensor
 _op = register(
     "grouped_scaled_mm(Tensor a, Tensor b, Tensor? sf_a, Tensor? sf_b, Tensor alpha, Tensor offs,"
     ' Tensor? row_scale=None, Tensor? bias=None, str activation="none", float? limit=None,'
-    ' str out_dtype="bfloat16", SymInt? num_columns=None, bool early_weights=False) -> Tensor',
+    ' str out_dtype="bfloat16", SymInt? num_columns=None, int layout=1,'
+    " bool early_weights=False) -> Tensor",
     fake=_fake,
     kernel=_reference,
     plan=_plan,
@@ -249,5 +250,7 @@ def grouped_scaled_mm(  # noqa: PLR0913 - the equation has this many terms
         act.limit,
         dtype_name(out_dtype),
         num_columns,
+        # A program that is saved keeps it with its weights.
+        kernels.LAYOUT,
         early_weights,
     )

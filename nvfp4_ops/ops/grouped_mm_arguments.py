@@ -43,6 +43,7 @@ class Arguments(NamedTuple):
     limit: float | None = None
     out_dtype: torch.dtype = torch.bfloat16
     num_columns: int | None = None
+    layout: int = 1
     early_weights: bool = False
 
     @classmethod
@@ -93,6 +94,11 @@ def _check_prepacked(arguments: Arguments) -> int:
     check_multiple("a", "K", k, nvfp4.BLOCK_SIZE)
     shape = kernels.prepacked_shape(b.shape[0], n, k, gated=gated)
     check_shape("b", b, shape, f"weights prepacked from N = {n} and the K = {k} of a")
+    if arguments.layout != kernels.LAYOUT:
+        raise ValueError(
+            f"b: prepacked in layout {arguments.layout}, but this version of nvfp4_ops has layout "
+            f"{kernels.LAYOUT}: export the program anew, or prepack its weights anew"
+        )
     return k
 
 

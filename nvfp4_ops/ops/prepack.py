@@ -55,7 +55,8 @@ def prepack_weight(codes: Tensor, block_scale: Tensor, *, gated: bool = False) -
     Still 4.5 bits a weight, N padded to a multiple of 64 and K to one of 128. Values are kept
     exactly; of the bytes, only codes under a zero block scale and the split of a sign between code
     and (negative) scale are not. Offline work: a Hopper GPU does it about as fast as it copies,
-    others expert by expert.
+    others expert by expert. The layout may be another in another version of this package, so files
+    are to hold canonical weights; exported programs know which one theirs is.
 
     Args:
         codes: (E, N, K / 2) uint8; N and K multiples of 16.
