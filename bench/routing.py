@@ -1,11 +1,14 @@
-"""sort_by_expert, permute and combine: microseconds where decoding waits, share of a copy beyond.
+"""Routers, sort_by_expert, permute and combine: microseconds where decoding waits, share of a copy
+beyond.
 
     python -m bench.routing [--out DIR]
 
-Outputs are compared with the CPU's bytes before anything is timed.
+Outputs are compared with the CPU's bytes before anything is timed; a router's logits and weights
+may differ in the last bit.
 """
 
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +25,8 @@ ROW_TOKENS = (1, 64, 1024, 8192)
 # One token's codes and block scales of the same hidden size.
 PERMUTED = {"hidden": 2 * HIDDEN, "codes": HIDDEN // 2, "block scales": HIDDEN // 16}
 CHECKED_TOKENS = 1024
+ROUTER_TOKENS = (1, 8, 64, 512, 8192)
+GROUPS = {"num_groups": 8, "top_groups": 4}
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,32 @@ def sort_case(tokens: int, copy_tb_per_s: float) -> Result:
     return result("sort_by_expert", tokens, time_us, num_bytes, copy_tb_per_s)
 
 
+def router_cases(tokens: int, copy_tb_per_s: float) -> Iterator[Result]:
+    """The three steps of routers, of DeepSeek-V3's sizes."""
+    x = torch.randn(tokens, HIDDEN, device="cuda").bfloat16()
+    weight = torch.randn(NUM_EXPERTS, HIDDEN, device="cuda").bfloat16() * HIDDEN**-0.5
+    bias = torch.rand(NUM_EXPERTS, device="cuda")
+    logits = nvfp4_ops.router_logits(x, weight)
+    part = slice(0, CHECKED_TOKENS)
+    expected = nvfp4_ops.router_logits(x[part].cpu(), weight.cpu())
+    torch.testing.assert_close(logits[part].cpu(), expected, rtol=2**-23, atol=0)
+    calls = {
+        "softmax_top_k": lambda x: nvfp4_ops.softmax_top_k(x, TOP_K),
+        "sigmoid_top_k": lambda x: nvfp4_ops.sigmoid_top_k(x, bias.to(x.device), TOP_K, **GROUPS),
+    }
+    time_us = graph_time_us([lambda: nvfp4_ops.router_logits(x, weight)])
+    num_bytes = 2 * HIDDEN * (tokens + NUM_EXPERTS) + 4 * logits.numel()
+    yield result("router_logits", tokens, time_us, num_bytes, copy_tb_per_s)
+    for op, call in calls.items():
+        (index, weights), wanted = call(logits[part]), call(logits[part].cpu())
+        assert_same_bytes(index, wanted[0])
+        torch.testing.assert_close(weights.cpu(), wanted[1], rtol=2**-23, atol=0)
+        time_us = graph_time_us([lambda call=call: call(logits)])
+        # A choice is an index of 8 bytes and a weight of 4.
+        num_bytes = 4 * logits.numel() + tokens * TOP_K * (8 + 4)
+        yield result(op, tokens, time_us, num_bytes, copy_tb_per_s)
+
+
 def permute_case(what: str, row_bytes: int, tokens: int, copy_tb_per_s: float) -> Result:
     inputs = [
         torch.randint(0, 256, (tokens, row_bytes), dtype=torch.uint8, device="cuda")
@@ -100,21 +131,22 @@ def main() -> None:
         {"copy_tb_per_s": round(copy, 2), "num_experts": NUM_EXPERTS, "top_k": TOP_K},
         "op | tokens | us | TB/s | share of copy",
     )
-    cases = [
-        *(lambda t=t: sort_case(t, copy) for t in SORT_TOKENS),
+    cases: list[Callable[[], Iterable[Result]]] = [
+        *(lambda t=t: router_cases(t, copy) for t in ROUTER_TOKENS),
+        *(lambda t=t: [sort_case(t, copy)] for t in SORT_TOKENS),
         *(
-            lambda t=t, w=what, b=row_bytes: permute_case(w, b, t, copy)
+            lambda t=t, w=what, b=row_bytes: [permute_case(w, b, t, copy)]
             for what, row_bytes in PERMUTED.items()
             for t in ROW_TOKENS
         ),
-        *(lambda t=t: combine_case(t, copy) for t in ROW_TOKENS),
+        *(lambda t=t: [combine_case(t, copy)] for t in ROW_TOKENS),
     ]
     for case in cases:
-        done = case()
-        report.add(
-            done,
-            f"{done.op} | {done.tokens} | {done.time_us} | {done.tb_per_s} | {done.share:.1%}",
-        )
+        for done in case():
+            report.add(
+                done,
+                f"{done.op} | {done.tokens} | {done.time_us} | {done.tb_per_s} | {done.share:.1%}",
+            )
     report.write(out)
 
 

@@ -154,7 +154,6 @@ def _has_kernels(device: torch.device) -> bool:
 
 def _kind(layer: NVFP4MoE) -> Hashable:
     """Layers of one kind ask for the same kernels."""
-    routed_by = layer.router and (type(layer.router), getattr(layer.router, "top_k", layer.router))
     tensors = tuple(
         (name, tuple(buffer.shape), buffer.dtype)
         for name, buffer in layer.named_buffers()
@@ -163,7 +162,15 @@ def _kind(layer: NVFP4MoE) -> Hashable:
     # Prepacked weights are padded: of these, layers of several sizes have tensors of one shape.
     sizes = (layer.hidden_size, layer.intermediate_size)
     activation = (layer.activation, layer._fused, layer.activation_scale)
-    return (tensors, sizes, _device(layer), *activation, routed_by)
+    return (tensors, sizes, _device(layer), *activation, _router_kind(layer.router))
+
+
+def _router_kind(router: nn.Module | None) -> Hashable:
+    if router is None:
+        return None
+    numbers = tuple((k, v) for k, v in vars(router).items() if isinstance(v, int | float))
+    dtypes = tuple((name, tensor.dtype) for name, tensor in router.state_dict().items())
+    return (type(router), getattr(router, "top_k", router), numbers, dtypes)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ tensor cores, no asynchronous copies, no atomics; the instructions are those of 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -142,6 +143,25 @@ def _from_float(values: NDArray[np.float32]) -> Values:
     return values.astype(np.float32, copy=False).view(np.uint32).astype(np.uint64)
 
 
+def _as_double(values: Values) -> NDArray[np.float64]:
+    return np.ascontiguousarray(values).view(np.float64)
+
+
+def _from_double(values: NDArray[np.float64]) -> Values:
+    return np.ascontiguousarray(values.astype(np.float64, copy=False)).view(np.uint64)
+
+
+def _fma(a: NDArray[np.float64], b: NDArray[np.float64], c: NDArray[np.float64]) -> Any:
+    """Rounded twice, the first time to the 64 bits of x86's widest format."""
+    return (a.astype(np.longdouble) * b + c).astype(np.float64)
+
+
+_FLOAT64 = {
+    "abs": np.abs, "neg": np.negative, "rcp": np.reciprocal, "div": np.divide, "fma": _fma,
+    "add": np.add, "sub": np.subtract, "mul": np.multiply,
+}  # fmt: skip
+
+
 def _narrow(values: Values, dtype: torch.dtype) -> Values:
     """fp32 bits to those of a 16-bit float."""
     narrow = torch.from_numpy(_as_float(values).copy()).to(dtype)
@@ -231,7 +251,7 @@ class _Cta:
     def _read(self, operand: str) -> Values:
         if operand in self.registers:
             return self.registers[operand]
-        if operand.startswith("0f"):
+        if operand.startswith(("0f", "0d")):
             value = int(operand[2:], 16)
         elif operand == "__dynamic_shmem__0":
             value = 0
@@ -252,13 +272,33 @@ class _Cta:
             return self._convert(opcode[1:], values)
         if opcode[0] == "selp":
             return np.where(values[2] != 0, values[0], values[1])
-        if kind == "f32":
-            return _from_float(_ARITHMETIC[opcode[0]](*map(_as_float, values)))
+        if kind in ("bf16", "f16", "f32", "f64"):
+            return self._execute_floats(opcode, values)
+        return self._execute_words(opcode, values, active)
+
+    def _execute_floats(self, opcode: list[str], values: list[Values]) -> Values:
+        double = opcode[-1] == "f64"
+        if opcode[-1] in ("bf16", "f16"):
+            assert opcode[0] == "setp", "no 16-bit arithmetic"
+            values = [self._convert(["f32", opcode[-1]], [value]) for value in values]
+        floats: list[Any] = [(_as_double if double else _as_float)(value) for value in values]
+        if opcode[:2] == ["setp", "nan"]:
+            return (np.isnan(floats[0]) | np.isnan(floats[1])).astype(np.uint64)
+        if opcode[0] == "setp":
+            return _COMPARE[opcode[1]](*floats).astype(np.uint64)
+        if double:
+            return _from_double(_FLOAT64[opcode[0]](*floats))
+        return _from_float(_ARITHMETIC[opcode[0]](*floats))
+
+    def _execute_words(self, opcode: list[str], values: list[Values], active: Mask) -> Values:
+        kind = opcode[-1]
         if opcode[0] == "not":
             return values[0] ^ np.uint64(1 if kind == "pred" else (1 << _bits(kind)) - 1)
         if kind == "pred":
             return _LOGIC[opcode[0]](*values)
         bits = _bits(kind)
+        if opcode[0] == "neg":
+            return _truncate(-_signed(values[0], bits), bits)
         if opcode[0] == "popc":
             return np.bitwise_count(_truncate(values[0], bits)).astype(np.uint64)
         if opcode[0] == "shl":
@@ -302,15 +342,21 @@ class _Cta:
             ballot = ((lanes != 0) * bits).sum(axis=1, dtype=np.uint64)
             return np.repeat(ballot, WARP)
         if opcode[0] == "redux":
-            assert opcode[2] == "add", "only sums"
-            return np.repeat(_truncate(lanes.sum(axis=1, dtype=np.uint64), 32), WARP)
+            reduce = _ARITHMETIC[opcode[2]].reduce
+            return np.repeat(_truncate(reduce(_truncate(lanes, 32), axis=1), 32), WARP)
         step, lane = int(sources[1]), np.arange(WARP)
-        other = np.full(WARP, step) if opcode[2] == "idx" else lane - step
+        others = {"idx": np.full(WARP, step), "up": lane - step, "bfly": lane ^ step}
+        other = others[opcode[2]]
         return lanes[:, np.where(other < 0, lane, other)].reshape(-1)
 
     def _convert(self, kinds: list[str], values: list[Values]) -> Values:
         *_, to, source = kinds
         half = np.uint64(16)
+        if to == "f64":
+            narrow = values[0] if source == "f32" else self._convert(["f32", source], values)
+            return _from_double(_as_float(narrow).astype(np.float64))
+        if source == "f64":
+            return _from_float(_as_double(values[0]).astype(np.float32))
         if source == "bf16":
             return values[0] << half
         if source == "f16":

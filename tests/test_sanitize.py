@@ -147,6 +147,22 @@ def test_sanitize_routing(tokens: int) -> None:
         assert_same_on_gpu(nvfp4_ops.combine, rows, row_of_slot, torch.rand(tokens, 2))
 
 
+@pytest.mark.parametrize("tokens", cases(one=1, some=11))
+def test_sanitize_router(tokens: int) -> None:
+    x, weight = torch.randn(tokens, 1048).bfloat16(), torch.randn(60, 1048).bfloat16()
+    assert_same_on_gpu(nvfp4_ops.router_logits, x, weight)
+    logits, bias = nvfp4_ops.router_logits(x, weight), torch.randn(60)
+    for chosen, expected in (
+        (nvfp4_ops.softmax_top_k(logits.cuda(), 8), nvfp4_ops.softmax_top_k(logits, 8)),
+        (
+            nvfp4_ops.sigmoid_top_k(logits.cuda(), bias.cuda(), 8, num_groups=4, top_groups=2),
+            nvfp4_ops.sigmoid_top_k(logits, bias, 8, num_groups=4, top_groups=2),
+        ),
+    ):
+        assert_bytes_equal(chosen[0].cpu(), expected[0])
+        torch.testing.assert_close(chosen[1].cpu(), expected[1], rtol=2**-23, atol=0)
+
+
 @pytest.mark.parametrize("mode", cases(weight_only=None, per_token="per_token", static="static"))
 def test_sanitize_layer(mode: str | None) -> None:
     moe, inputs = make_moe(mode, bias=True), make_inputs(11)

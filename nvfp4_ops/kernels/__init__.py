@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,12 +17,14 @@ from nvfp4_ops import format as nvfp4
 from nvfp4_ops.kernels import compile_cache, prepack_sm90
 from nvfp4_ops.kernels.grouped_mm_config import choose_config, tokens_of_every_config
 from nvfp4_ops.kernels.launch import amax as amax_launch
+from nvfp4_ops.kernels.launch import choose_experts as choose_launch
 from nvfp4_ops.kernels.launch import combine_rows as combine_launch
 from nvfp4_ops.kernels.launch import decode as decode_launch
 from nvfp4_ops.kernels.launch import per_token as per_token_launch
 from nvfp4_ops.kernels.launch import permute_rows as permute_launch
 from nvfp4_ops.kernels.launch import prepack_kernel_sm90 as prepack_launch
 from nvfp4_ops.kernels.launch import quantize_rows as quantize_launch
+from nvfp4_ops.kernels.launch import router_logits as router_launch
 from nvfp4_ops.kernels.launch import sort_slots as sort_launch
 from nvfp4_ops.kernels.launch import swizzle_sf as swizzle_launch
 from nvfp4_ops.kernels.launch.tensors import VECTOR_BYTES, GetCompiled, Launch, why_no_rows
@@ -42,6 +45,7 @@ __all__ = [
     "num_weight_blocks",
     "prepack",
     "prepacked_shape",
+    "prepare_choose",
     "prepare_combine",
     "prepare_dequantize",
     "prepare_global_scale",
@@ -51,15 +55,18 @@ __all__ = [
     "prepare_quantize_per_token",
     "prepare_round",
     "prepare_round_per_token",
+    "prepare_router_logits",
     "prepare_sort",
     "prepare_swizzle",
     "tokens_of_every_config",
     "unpack",
     "unswizzle",
+    "why_no_choose",
     "why_no_elementwise",
     "why_no_global_scale",
     "why_no_grouped_mm",
     "why_no_kernels",
+    "why_no_router_logits",
 ]
 
 ARCHITECTURE = "sm_90a"
@@ -444,3 +451,51 @@ def prepare_combine(rows: Tensor, row_of_slot: Tensor, top_k_weights: Tensor) ->
     )
     given = {1: row_of_slot, 2: top_k_weights}
     return _with_contiguous(launch, given if rows_together else {0: rows} | given)
+
+
+def why_no_router_logits(x: Tensor, weight: Tensor) -> str | None:
+    """Why the kernel does not multiply x (T, H) by a router's weight, or None where it does."""
+    return why_no_elementwise(x) or router_launch.why_no_router_logits(x, weight)
+
+
+def prepare_router_logits(x: Tensor, weight: Tensor) -> Launch:
+    """launch(x, weight, logits) writes logits (T, E) = x @ weight.T."""
+    get_compiled = _get_compiled("router_logits", "router_logits")
+    launch = router_launch.prepare_router_logits(x, weight, get_compiled)
+    if is_dense(x) and is_dense(weight):
+        return launch
+    return lambda x, weight, logits: launch(dense(x), dense(weight), logits)
+
+
+def why_no_choose(logits: Tensor, top_k: int, num_groups: int = 1) -> str | None:
+    """Why the kernel can not choose experts by logits (T, E), or None where it can."""
+    return why_no_elementwise(logits) or choose_launch.why_no_choose(
+        logits.shape[1], top_k, num_groups
+    )
+
+
+def prepare_choose(
+    rule: Literal["softmax", "sigmoid"],
+    logits: Tensor,
+    correction_bias: Tensor | None,
+    top_k: int,
+    *,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    renormalize: bool = True,
+    scaling_factor: float = 1.0,
+) -> Launch:
+    """launch(logits, correction_bias, index, weights) writes what softmax_top_k or sigmoid_top_k
+    return."""
+    launch = choose_launch.prepare_choose(
+        rule,
+        logits,
+        correction_bias,
+        top_k,
+        _get_compiled("choose_experts", "choose_experts"),
+        num_groups=num_groups,
+        top_groups=top_groups,
+        renormalize=renormalize,
+        scaling_factor=scaling_factor,
+    )
+    return _with_contiguous(launch, {0: logits, 1: correction_bias})

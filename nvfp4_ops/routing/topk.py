@@ -2,12 +2,17 @@
 
 Two rules cover the field: softmax (Mixtral, Qwen, OLMoE, ...) and sigmoid with a correction bias
 and expert groups (DeepSeek-V3, GLM-4, ...). They are ops, so that a compiled graph selects the
-very same experts as eager: in float64 on the CPU, ties to the lower expert index.
+very same experts as eager: in float64 on every device, ties to the lower expert index.
 """
+
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from nvfp4_ops import kernels
+from nvfp4_ops.plans import Run
 from nvfp4_ops.registry import (
     check_dtype,
     check_rank,
@@ -34,8 +39,11 @@ def _check_logits(logits: Tensor, top_k: int) -> None:
 
 
 def _empty_routes(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    shape = (logits.shape[0], top_k)
-    return logits.new_empty(shape, dtype=torch.int64), logits.new_empty(shape, dtype=torch.float32)
+    num_tokens = logits.shape[0]
+    return (
+        logits.new_empty(num_tokens, top_k, dtype=torch.int64),
+        logits.new_empty(num_tokens, top_k, dtype=torch.float32),
+    )
 
 
 def _check_router(x: Tensor, weight: Tensor) -> None:
@@ -51,15 +59,30 @@ def _router_logits_fake(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], weight.shape[0]), dtype=torch.float32)
 
 
-def _router_logits_kernel(x: Tensor, weight: Tensor) -> Tensor:
+def _router_logits_plan(x: Tensor, weight: Tensor) -> Run | None:
     _check_router(x, weight)
+    if not x.is_cuda or not weight.numel() or kernels.why_no_router_logits(x, weight) is not None:
+        return None
+    launch = kernels.prepare_router_logits(x, weight)
+    num_tokens, num_experts = x.shape[0], weight.shape[0]
+
+    def run(x: Tensor, weight: Tensor) -> Tensor:
+        logits = x.new_empty(num_tokens, num_experts, dtype=torch.float32)
+        launch(x, weight, logits)
+        return logits
+
+    return run
+
+
+def _router_logits_reference(x: Tensor, weight: Tensor) -> Tensor:
     return (x.double() @ weight.double().T).float()
 
 
 _router_logits = register(
     "router_logits(Tensor x, Tensor weight) -> Tensor",
     fake=_router_logits_fake,
-    kernel=_router_logits_kernel,
+    kernel=_router_logits_reference,
+    plan=_router_logits_plan,
 )
 
 
@@ -83,6 +106,29 @@ def router_logits(x: Tensor, weight: Tensor) -> Tensor:
     return _router_logits(x, weight)
 
 
+def _plan_choose(
+    rule: Literal["softmax", "sigmoid"],
+    logits: Tensor,
+    correction_bias: Tensor | None,
+    top_k: int,
+    num_groups: int = 1,
+    **options: Any,
+) -> Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]] | None:
+    """The GPU's kernel, where it serves these, as a function of logits and bias."""
+    if not logits.is_cuda or kernels.why_no_choose(logits, top_k, num_groups) is not None:
+        return None
+    launch = kernels.prepare_choose(
+        rule, logits, correction_bias, top_k, num_groups=num_groups, **options
+    )
+
+    def run(logits: Tensor, correction_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        index, weights = _empty_routes(logits, top_k)
+        launch(logits, correction_bias, index, weights)
+        return index, weights
+
+    return run
+
+
 def _softmax_top_k_fake(
     logits: Tensor, top_k: int, renormalize: bool = True
 ) -> tuple[Tensor, Tensor]:
@@ -90,11 +136,17 @@ def _softmax_top_k_fake(
     return _empty_routes(logits, top_k)
 
 
-def _softmax_top_k_kernel(
+def _softmax_top_k_plan(logits: Tensor, top_k: int, renormalize: bool = True) -> Run | None:
+    _check_logits(logits, top_k)
+    choose = _plan_choose("softmax", logits, None, top_k, renormalize=renormalize)
+    return None if choose is None else lambda logits, *_: choose(logits, None)
+
+
+def _softmax_top_k_reference(
     logits: Tensor, top_k: int, renormalize: bool = True
 ) -> tuple[Tensor, Tensor]:
-    _check_logits(logits, top_k)
-    index = _top_k(logits, top_k)
+    # Not in bf16, in which a GPU's sort may not take NaN for the largest.
+    index = _top_k(logits.float(), top_k)
     scores = logits.double().softmax(dim=-1).gather(1, index)
     if renormalize:
         scores = scores / scores.sum(dim=-1, keepdim=True)
@@ -104,7 +156,8 @@ def _softmax_top_k_kernel(
 _softmax_top_k = register(
     "softmax_top_k(Tensor logits, int top_k, bool renormalize=True) -> (Tensor, Tensor)",
     fake=_softmax_top_k_fake,
-    kernel=_softmax_top_k_kernel,
+    kernel=_softmax_top_k_reference,
+    plan=_softmax_top_k_plan,
 )
 
 
@@ -169,7 +222,30 @@ def _sigmoid_top_k_fake(
     return _empty_routes(logits, top_k)
 
 
-def _sigmoid_top_k_kernel(
+def _sigmoid_top_k_plan(
+    logits: Tensor,
+    correction_bias: Tensor | None,
+    top_k: int,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    renormalize: bool = True,
+    scaling_factor: float = 1.0,
+) -> Run | None:
+    _check_sigmoid(logits, correction_bias, top_k, num_groups, top_groups)
+    choose = _plan_choose(
+        "sigmoid",
+        logits,
+        correction_bias,
+        top_k,
+        num_groups,
+        top_groups=top_groups,
+        renormalize=renormalize,
+        scaling_factor=scaling_factor,
+    )
+    return None if choose is None else lambda logits, bias, *_: choose(logits, bias)
+
+
+def _sigmoid_top_k_reference(
     logits: Tensor,
     correction_bias: Tensor | None,
     top_k: int,
@@ -178,7 +254,6 @@ def _sigmoid_top_k_kernel(
     renormalize: bool = True,
     scaling_factor: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    _check_sigmoid(logits, correction_bias, top_k, num_groups, top_groups)
     scores = logits.double().sigmoid()
     choice = scores if correction_bias is None else scores + correction_bias.double()
     if num_groups > 1:
@@ -198,7 +273,8 @@ _sigmoid_top_k = register(
     "sigmoid_top_k(Tensor logits, Tensor? correction_bias, int top_k, int num_groups=1,"
     " int top_groups=1, bool renormalize=True, float scaling_factor=1.0) -> (Tensor, Tensor)",
     fake=_sigmoid_top_k_fake,
-    kernel=_sigmoid_top_k_kernel,
+    kernel=_sigmoid_top_k_reference,
+    plan=_sigmoid_top_k_plan,
 )
 
 
