@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -479,23 +479,14 @@ def prepare_choose(
     logits: Tensor,
     correction_bias: Tensor | None,
     top_k: int,
-    *,
-    num_groups: int = 1,
-    top_groups: int = 1,
-    renormalize: bool = True,
-    scaling_factor: float = 1.0,
+    **options: Any,
 ) -> Launch:
-    """launch(logits, correction_bias, index, weights) writes what softmax_top_k or sigmoid_top_k
-    return."""
+    """launch(logits, correction_bias, index, weights) writes what the op of a rule returns.
+
+    options: as those of softmax_top_k or sigmoid_top_k.
+    """
+    get_compiled = _get_compiled("choose_experts", "choose_experts")
     launch = choose_launch.prepare_choose(
-        rule,
-        logits,
-        correction_bias,
-        top_k,
-        _get_compiled("choose_experts", "choose_experts"),
-        num_groups=num_groups,
-        top_groups=top_groups,
-        renormalize=renormalize,
-        scaling_factor=scaling_factor,
+        rule, logits, correction_bias, top_k, get_compiled, **options
     )
     return _with_contiguous(launch, {0: logits, 1: correction_bias})

@@ -13,13 +13,14 @@ from cutlass import Float32, Float64, Int32, Int64, Uint32, Uint64
 from cutlass.cute.runtime import make_fake_compact_tensor, make_fake_stream
 
 from nvfp4_ops.kernels.float64 import exp, key_of, value_of, warp_largest, warp_sum
-from nvfp4_ops.kernels.launch.choose_experts import WARPS, ChooseConfig
+from nvfp4_ops.kernels.launch.choose_experts import (
+    EXPERTS_SCORING_A_GROUP,
+    RENORMALIZE_EPSILON,
+    WARPS,
+    ChooseConfig,
+)
 from nvfp4_ops.kernels.launch.tensors import WARP
 from nvfp4_ops.kernels.memory import DTYPES, follow_previous_kernel
-
-# As Hugging Face's DeepSeek-V3: keeps a row of all-zero weights from dividing by zero.
-_EPSILON = 1e-20
-_EXPERTS_SCORING_A_GROUP = 2
 
 
 class ChooseKernel:
@@ -152,7 +153,7 @@ class ChooseKernel:
                 if not _is_in_group(lane + i * WARP, group, group_size):
                     rGroup[i] = Uint64(0)
             score = Float64(0.0)
-            for _ in cutlass.range_constexpr(_EXPERTS_SCORING_A_GROUP):
+            for _ in cutlass.range_constexpr(EXPERTS_SCORING_A_GROUP):
                 key, _ = self._take_largest(rGroup, lane)
                 score = score + value_of(key)
             if lane == group:
@@ -194,12 +195,13 @@ class ChooseKernel:
                 chosen = weight
             total_chosen = warp_sum(chosen)
             if cutlass.const_expr(self.config.rule == "sigmoid"):
-                total_chosen = total_chosen + Float64(_EPSILON)
+                total_chosen = total_chosen + Float64(RENORMALIZE_EPSILON)
             weight = weight / total_chosen
         return weight
 
     def compile(self, options: str = "") -> Callable[..., None]:
-        config, tokens, experts, choices = (self.config, *(cute.sym_int32() for _ in range(3)))
+        config = self.config
+        tokens, experts, choices = (cute.sym_int32() for _ in range(3))
 
         def matrix(dtype: type, columns: cute.SymInt) -> cute.Tensor:
             return make_fake_compact_tensor(dtype, (tokens, columns), stride_order=(1, 0))

@@ -59,7 +59,7 @@ def exp(x: Float64) -> Float64:
     return scaled
 
 
-def halves(bits: Uint64) -> tuple[Uint32, Uint32]:
+def _halves(bits: Uint64) -> tuple[Uint32, Uint32]:
     """Low and high word."""
     return Uint32(bits), Uint32(bits >> 32)
 
@@ -67,7 +67,7 @@ def halves(bits: Uint64) -> tuple[Uint32, Uint32]:
 def warp_sum(value: Float64) -> Float64:
     """The same sum in every lane, of pairs of pairs: in the same order for every warp."""
     for step in range(5):
-        low, high = halves(value.bitcast(Uint64))
+        low, high = _halves(value.bitcast(Uint64))
         other_low = cute.arch.shuffle_sync_bfly(low, 1 << step)
         other_high = cute.arch.shuffle_sync_bfly(high, 1 << step)
         other = (Uint64(other_high) << 32) | Uint64(other_low)
@@ -99,7 +99,7 @@ def value_of(key: Uint64) -> Float64:
 @cute.jit
 def warp_largest(key: Uint64, index: Int32):
     """Largest key of a warp's lanes, and its index: the lowest where several have it."""
-    low, high = halves(key)
+    low, high = _halves(key)
     best_high = cute.arch.warp_redux_sync(high, "max")
     rival = Uint32(0)
     if high == best_high:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nvfp4_ops import kernels
+from nvfp4_ops.kernels.launch.choose_experts import EXPERTS_SCORING_A_GROUP, RENORMALIZE_EPSILON
 from nvfp4_ops.plans import Run
 from nvfp4_ops.registry import (
     check_dtype,
@@ -20,10 +21,6 @@ from nvfp4_ops.registry import (
     check_shape,
     register,
 )
-
-# As Hugging Face's DeepSeek-V3: keeps a row of all-zero weights from dividing by zero.
-RENORMALIZE_EPSILON = 1e-20
-EXPERTS_SCORING_A_GROUP = 2
 
 
 def _top_k(scores: Tensor, k: int) -> Tensor:

@@ -10,6 +10,10 @@ from nvfp4_ops.format import ceil_div
 from nvfp4_ops.kernels.launch.tensors import FLOAT_DTYPES, WARP, GetCompiled, Launch
 from nvfp4_ops.kernels.limits import MAX_EXPERTS
 
+# As Hugging Face's DeepSeek-V3: keeps a row of all-zero weights from dividing by zero.
+RENORMALIZE_EPSILON = 1e-20
+EXPERTS_SCORING_A_GROUP = 2
+
 MAX_CHOICES = WARP
 """A lane has a choice, or a group."""
 BIAS_DTYPES = (torch.float32, torch.bfloat16)
