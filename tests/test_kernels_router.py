@@ -78,6 +78,7 @@ def hard_logits(num_tokens: int, num_experts: int) -> Tensor:
     logits[3] *= 1e30
     logits[4, num_experts // 2] = INF
     logits[5, 0] = logits[5, -1] = NAN
+    logits[9, num_experts // 3] = torch.tensor(NAN).copysign(torch.tensor(-1.0))
     logits[6] = -INF
     logits[7, ::3] = -INF
     logits[8] *= 100

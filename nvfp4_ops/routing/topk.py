@@ -24,7 +24,11 @@ from nvfp4_ops.registry import (
 
 
 def _top_k(scores: Tensor, k: int) -> Tensor:
-    """Indices of the k largest, ties to the lower index (``torch.topk`` leaves that open)."""
+    """Indices of the k largest, ties to the lower index (``torch.topk`` leaves that open).
+
+    NaN is the largest of all, whatever its sign, by which a GPU sorts it.
+    """
+    scores = scores.masked_fill(scores.isnan(), torch.nan)
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k].contiguous()
 
 
@@ -142,7 +146,6 @@ def _softmax_top_k_plan(logits: Tensor, top_k: int, renormalize: bool = True) ->
 def _softmax_top_k_reference(
     logits: Tensor, top_k: int, renormalize: bool = True
 ) -> tuple[Tensor, Tensor]:
-    # Not in bf16, in which a GPU's sort may not take NaN for the largest.
     index = _top_k(logits.float(), top_k)
     scores = logits.double().softmax(dim=-1).gather(1, index)
     if renormalize:
