@@ -12,6 +12,7 @@ from compare import assert_bytes_equal
 from torch import Tensor
 
 import nvfp4_ops
+from nvfp4_ops import format as nvfp4
 from nvfp4_ops import kernels, router_logits, sigmoid_top_k, softmax_top_k
 
 if not torch.cuda.is_available():
@@ -28,6 +29,7 @@ from nvfp4_ops.kernels.launch.choose_experts import (
     BIAS_DTYPES,
     WARPS,
     ChooseConfig,
+    choose_experts_per_lane,
     prepare_choose,
 )
 from nvfp4_ops.kernels.launch.router_logits import (
@@ -102,6 +104,12 @@ def test_router_kernels_compile_to_exact_arithmetic_in_registers(
         assert inexact not in compiled.__ptx__
 
 
+def add_matrix(memory: Memory, tensor: Tensor) -> tuple[int, bytes]:
+    """Address of a copy, and the kernel's parameter for it."""
+    address = memory.add(tensor)
+    return address, struct.pack("<q2iq", address, *tensor.shape, tensor.shape[1])
+
+
 def choose_on_cpu(
     kernel: Kernel,
     logits: Tensor,
@@ -111,27 +119,15 @@ def choose_on_cpu(
     scaling_factor: float,
 ) -> tuple[Tensor, Tensor]:
     num_tokens, num_experts = logits.shape
-    memory, index, weights = (
-        Memory(),
-        torch.full((num_tokens, top_k), -7),
-        torch.full((num_tokens, top_k), -7.0),
-    )
-
-    def matrix(tensor: Tensor) -> tuple[int, bytes]:
-        rows, columns = tensor.shape
-        address = memory.add(tensor)
-        return address, struct.pack("<q2iq", address, rows, columns, columns)
-
-    _, given = matrix(logits)
-    index_at, index_param = matrix(index)
-    weights_at, weights_param = matrix(weights)
+    index, weights = torch.full((num_tokens, top_k), -7), torch.full((num_tokens, top_k), -7.0)
+    memory = Memory()
+    _, given = add_matrix(memory, logits)
+    index_at, index_param = add_matrix(memory, index)
+    weights_at, weights_param = add_matrix(memory, weights)
     biases = [] if bias is None else [struct.pack("<qi4x", memory.add(bias), num_experts)]
     numbers = [struct.pack("<i", count) for count in groups] + [struct.pack("<d", scaling_factor)]
-    kernel.launch(
-        (-(-num_tokens // WARPS), 1),
-        [given, *biases, index_param, weights_param, *numbers],
-        memory,
-    )
+    params = [given, *biases, index_param, weights_param, *numbers]
+    kernel.launch((nvfp4.ceil_div(num_tokens, WARPS), 1), params, memory)
     assert memory.writes(index_at, index) == memory.writes(weights_at, weights) == [1]
     return memory.get(index_at, index), memory.get(weights_at, weights)
 
@@ -145,7 +141,7 @@ def choose_on_cpu(
 def test_softmax_ptx_chooses_like_the_reference(
     num_experts: int, top_k: int, renormalize: bool, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    per_lane = 1 << (-(-num_experts // 32) - 1).bit_length()
+    per_lane = choose_experts_per_lane(num_experts)
     config = ChooseConfig("softmax", dtype, None, per_lane, False, renormalize)
     kernel = Kernel(build(config, f"--keep-ptx --dump-dir {tmp_path}").__ptx__)
     logits = hard_logits(10, num_experts).to(dtype)
@@ -168,7 +164,7 @@ def test_sigmoid_ptx_chooses_like_the_reference(
     bias_dtype: torch.dtype | None,
     tmp_path: Path,
 ) -> None:
-    per_lane = 1 << (-(-num_experts // 32) - 1).bit_length()
+    per_lane = choose_experts_per_lane(num_experts)
     config = ChooseConfig("sigmoid", torch.float32, bias_dtype, per_lane, groups[0] > 1, True)
     kernel = Kernel(build(config, f"--keep-ptx --dump-dir {tmp_path}").__ptx__)
     logits = hard_logits(10, num_experts)
@@ -205,14 +201,13 @@ def test_router_logits_ptx_sums_like_the_reference(
     kernel = Kernel(build(config, f"--keep-ptx --dump-dir {tmp_path}").__ptx__)
     x, weight = torch.randn(num_tokens, hidden).to(dtype), torch.randn(3, hidden).to(weight_dtype)
     out, memory = torch.full((num_tokens, 3), NAN), Memory()
-    addresses = [memory.add(tensor) for tensor in (x, weight, out)]
-    params = [
-        struct.pack("<q2iq", address, *tensor.shape, tensor.shape[1])
-        for address, tensor in zip(addresses, (x, weight, out), strict=True)
-    ]
-    kernel.launch((3, -(-num_tokens // tokens)), params, memory)
-    assert_bytes_equal(memory.get(addresses[2], out), router_logits(x, weight))
-    assert memory.writes(addresses[2], out) == [1]
+    (_, x_param), (_, weight_param), (out_at, out_param) = (
+        add_matrix(memory, tensor) for tensor in (x, weight, out)
+    )
+    params = [x_param, weight_param, out_param]
+    kernel.launch((3, nvfp4.ceil_div(num_tokens, tokens)), params, memory)
+    assert_bytes_equal(memory.get(out_at, out), router_logits(x, weight))
+    assert memory.writes(out_at, out) == [1]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ The architecture is chosen here, once; a file's suffix says which one it is for.
 """
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -218,7 +218,11 @@ def is_dense(x: Tensor) -> bool:
 
 
 def dense(x: Tensor) -> Tensor:
-    return x if is_dense(x) else x.clone(memory_format=torch.contiguous_format)
+    return x if is_dense(x) else _copy(x)
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def prepack(codes: Tensor, block_scale: Tensor, *, gated: bool = False) -> Tensor:
@@ -280,26 +284,34 @@ def prepare_global_scale(x: Tensor, *, per_token: bool) -> Launch:
 
 def _readable_rows(x: Tensor) -> Tensor:
     """x (R, K), copied where its rows do not start at multiples of 16 bytes."""
-    return x if why_no_rows(x) is None else x.clone(memory_format=torch.contiguous_format)
+    return x if why_no_rows(x) is None else _copy(x)
+
+
+# ``launch``, whose arguments at these positions are like these, given copies if need be.
 
 
 def _with_readable_rows(launch: Launch, x: Tensor) -> Launch:
-    """``launch``, whose first argument is like x, given a copy of it if need be."""
-    if why_no_rows(x) is None:
-        return launch
-    return lambda x, *others: launch(x.clone(memory_format=torch.contiguous_format), *others)
+    """The first argument is like x."""
+    return launch if why_no_rows(x) is None else _with_copies(launch, [0])
 
 
 def _with_contiguous(launch: Launch, arguments: dict[int, Tensor | None]) -> Launch:
-    """``launch``, whose arguments at these positions are like these, given copies if need be."""
     strided = [i for i, x in arguments.items() if x is not None and not x.is_contiguous()]
-    if not strided:
+    return _with_copies(launch, strided)
+
+
+def _with_dense(launch: Launch, arguments: dict[int, Tensor]) -> Launch:
+    return _with_copies(launch, [i for i, x in arguments.items() if not is_dense(x)])
+
+
+def _with_copies(launch: Launch, positions: Sequence[int]) -> Launch:
+    if not positions:
         return launch
 
-    def launch_contiguous(*args: Tensor | None) -> None:
-        launch(*(x.contiguous() if i in strided else x for i, x in enumerate(args)))
+    def launch_copies(*args: Tensor | None) -> None:
+        launch(*(_copy(x) if i in positions else x for i, x in enumerate(args)))
 
-    return launch_contiguous
+    return launch_copies
 
 
 def prepare_quantize(
@@ -394,9 +406,7 @@ def prepare_dequantize(
         codes, block_scale, global_scale, offs, dtype, get_compiled
     )
     launch = _with_contiguous(launch, {1: block_scale, 2: global_scale, 3: offs})
-    if is_dense(codes):
-        return launch
-    return lambda codes, *others: launch(dense(codes), *others)
+    return _with_dense(launch, {0: codes})
 
 
 def prepare_swizzle(sf: Tensor, offs: Tensor | None) -> Launch:
@@ -462,9 +472,7 @@ def prepare_router_logits(x: Tensor, weight: Tensor) -> Launch:
     """launch(x, weight, logits) writes logits (T, E) = x @ weight.T."""
     get_compiled = _get_compiled("router_logits", "router_logits")
     launch = router_launch.prepare_router_logits(x, weight, get_compiled)
-    if is_dense(x) and is_dense(weight):
-        return launch
-    return lambda x, weight, logits: launch(dense(x), dense(weight), logits)
+    return _with_dense(launch, {0: x, 1: weight})
 
 
 def why_no_choose(logits: Tensor, top_k: int, num_groups: int = 1) -> str | None:

@@ -64,14 +64,17 @@ def _halves(bits: Uint64) -> tuple[Uint32, Uint32]:
     return Uint32(bits), Uint32(bits >> 32)
 
 
+def _joined(low: Uint32, high: Uint32) -> Uint64:
+    return (Uint64(high) << 32) | Uint64(low)
+
+
 def warp_sum(value: Float64) -> Float64:
     """The same sum in every lane, of pairs of pairs: in the same order for every warp."""
     for step in range(5):
         low, high = _halves(value.bitcast(Uint64))
         other_low = cute.arch.shuffle_sync_bfly(low, 1 << step)
         other_high = cute.arch.shuffle_sync_bfly(high, 1 << step)
-        other = (Uint64(other_high) << 32) | Uint64(other_low)
-        value = value + other.bitcast(Float64)
+        value = value + _joined(other_low, other_high).bitcast(Float64)
     return value
 
 
@@ -109,4 +112,4 @@ def warp_largest(key: Uint64, index: Int32):
     if high == best_high and low == best_low:
         candidate = Uint32(index)
     best = Int32(cute.arch.warp_redux_sync(candidate, "min"))
-    return (Uint64(best_high) << 32) | Uint64(best_low), best
+    return _joined(best_low, best_high), best

@@ -228,10 +228,8 @@ def unpack(prepacked: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
     four = torch.zeros_like(placed)
     for left, mask in SCALE_ROTATIONS.items():
         four |= _rotate_left(placed & mask, 32 - left)
-    scales = _decode_scales(_to_bytes(four)).unflatten(
-        -1, (2, 2)
-    )  # (E, rb, cb, warp, g, group, rh, block)
-    scales = scales.permute(0, 1, 3, 6, 4, 2, 5, 7)
+    scales = _decode_scales(_to_bytes(four)).unflatten(-1, (2, 2))
+    scales = scales.permute(0, 1, 3, 6, 4, 2, 5, 7)  # of (E, rb, cb, warp, g, group, rh, block)
     num_blocks = nvfp4.num_blocks(column_blocks * BLOCK_COLUMNS)
     sf = scales.reshape(num_experts, row_blocks * BLOCK_ROWS, num_blocks)
     sf = _crop_rows(sf, n, nvfp4.num_blocks(k), gated=gated)

@@ -45,6 +45,16 @@ def entry_before(table: cute.Tensor, index: Int32) -> Int32:
 
 
 @cute.jit
+def warp_prefix_sum(value: Int32, lane: Int32) -> Int32:
+    """Sum of the values of this lane and those below."""
+    for step in cutlass.range_constexpr(5):
+        below = cute.arch.shuffle_sync_up(value, 1 << step, mask_and_clamp=0)
+        if lane >= (1 << step):
+            value = value + below
+    return value
+
+
+@cute.jit
 def _tiles_of_lane(mOffs: cute.Tensor, num_experts: Int32, expert: Int32):
     """Tiles of an expert; none past the last."""
     tiles = Int32(0)
@@ -70,12 +80,7 @@ def locate_ragged_tile(mOffs: cute.Tensor, num_experts: Int32, tile: Int32):
         first_expert = first_expert + WARP
         own = _tiles_of_lane(mOffs, num_experts, first_expert + lane)
         total = cute.arch.warp_redux_sync(own, "add")
-    tile_end = own
-    for step in cutlass.range_constexpr(5):
-        below = cute.arch.shuffle_sync_up(tile_end, 1 << step)
-        if lane >= (1 << step):
-            tile_end = tile_end + below
-    passed = tiles_before + tile_end <= tile
+    passed = tiles_before + warp_prefix_sum(own, lane) <= tile
     expert = cutlass.min(first_expert + _count_lanes(passed), num_experts)
     passed_tiles = Int32(0)
     if passed:

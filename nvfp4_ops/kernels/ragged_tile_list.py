@@ -11,6 +11,7 @@ from cutlass import Int32
 
 from nvfp4_ops.kernels.launch.tensors import WARP
 from nvfp4_ops.kernels.limits import MAX_EXPERTS
+from nvfp4_ops.kernels.ragged import warp_prefix_sum
 
 
 class RaggedTileList:
@@ -49,11 +50,7 @@ class RaggedTileList:
                     start = sRowEnd[expert - 1]
                 tokens = sRowEnd[expert] - start
                 count = (tokens + (self.tile_tokens - 1)) // self.tile_tokens * row_tiles
-                for step in cutlass.range_constexpr(5):
-                    below = cute.arch.shuffle_sync_up(count, 1 << step, mask_and_clamp=0)
-                    if tid >= (1 << step):
-                        count = count + below
-                count = count + before
+                count = warp_prefix_sum(count, tid) + before
                 sTileEnd[expert] = count
                 before = cute.arch.shuffle_sync(count, WARP - 1)
         cute.arch.sync_threads()

@@ -59,6 +59,11 @@ def why_no_choose(num_experts: int, top_k: int, num_groups: int) -> str | None:
     return None
 
 
+def choose_experts_per_lane(num_experts: int) -> int:
+    """A power of two, so that few kernels serve all numbers of experts."""
+    return 1 << (ceil_div(num_experts, WARP) - 1).bit_length()
+
+
 def prepare_choose(
     rule: Literal["softmax", "sigmoid"],
     logits: Tensor,
@@ -83,7 +88,7 @@ def prepare_choose(
     reason = why_no_choose(num_experts, top_k, num_groups)
     if reason is not None:
         raise ValueError(f"logits: {reason}")
-    experts_per_lane = 1 << (ceil_div(num_experts, WARP) - 1).bit_length()
+    experts_per_lane = choose_experts_per_lane(num_experts)
     bias = None if correction_bias is None else correction_bias.dtype
     config = ChooseConfig(rule, logits.dtype, bias, experts_per_lane, num_groups > 1, renormalize)
     compiled, scaling = get_compiled(config), float(scaling_factor)
